@@ -1,0 +1,30 @@
+# Every target makes its own .venv on first use and brings it up to date when the pins change.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: .venv/ready            ## the whole method on the carried model: a table and runs/demo/report.html
+	$(BIN)/spd demo
+
+test: .venv/ready            ## everything but what is marked slow
+	$(BIN)/python -m pytest
+
+test-slow: .venv/ready       ## the rest
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/ready           ## CPU benchmarks: tables on the screen, JSON under benchmarks/results
+	$(BIN)/python -m benchmarks
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,79 @@
+"""Self-Policy Distillation (arXiv 2605.22675) on transformers and peft.
+
+subspace = spd.calibrate(model, tokenizer, examples)
+with spd.attach(model, subspace):
+    completions = spd.generate(model, tokenizer, prompts)
+spd.distill(model, tokenizer, completions, out="adapter")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from spd import version
+
+if TYPE_CHECKING:
+    from spd.calibration import calibrate
+    from spd.distillation import Recipe, adapted, distill
+    from spd.errors import InputError
+    from spd.evaluation import Evaluation, evaluate
+    from spd.example import Example
+    from spd.generation import Generation, generate
+    from spd.intervention import Attachment, attach
+    from spd.models import load_model
+    from spd.subspace import Basis, Subspace
+    from spd.tasks import Question, Task, load_task
+
+__version__ = version.__version__
+
+_HOME = {
+    "Attachment": "spd.intervention",
+    "attach": "spd.intervention",
+    "calibrate": "spd.calibration",
+    "Recipe": "spd.distillation",
+    "adapted": "spd.distillation",
+    "distill": "spd.distillation",
+    "InputError": "spd.errors",
+    "Evaluation": "spd.evaluation",
+    "evaluate": "spd.evaluation",
+    "Example": "spd.example",
+    "Generation": "spd.generation",
+    "generate": "spd.generation",
+    "load_model": "spd.models",
+    "Basis": "spd.subspace",
+    "Subspace": "spd.subspace",
+    "Question": "spd.tasks",
+    "Task": "spd.tasks",
+    "load_task": "spd.tasks",
+}
+
+__all__ = [
+    "Attachment",
+    "Basis",
+    "Evaluation",
+    "Example",
+    "Generation",
+    "InputError",
+    "Question",
+    "Recipe",
+    "Subspace",
+    "Task",
+    "adapted",
+    "attach",
+    "calibrate",
+    "distill",
+    "evaluate",
+    "generate",
+    "load_model",
+    "load_task",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: transformers takes seconds, and `spd --help` needs none of it."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'spd' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,5 @@
+"""`python -m spd` is the command `spd`."""
+
+from spd.cli import main
+
+main()

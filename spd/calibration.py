@@ -1,0 +1,264 @@
+"""Phase 1: the subspaces in which correctness is decided, from the gradients at K and V (arXiv 2605.22675, section 3).
+
+For each example L_i = -(1/|S|) sum_{t in S} log p(z_t | z_<t). The rows of G are dL_i/dK_t (and dL_i/dV_t) at all
+real token positions t of all examples; U is the first r right singular vectors of G with its column mean removed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from spd.errors import InputError
+from spd.example import Example
+from spd.files import sha256
+from spd.intervention import refuse_if_attached
+from spd.model_state import frozen, input_device
+from spd.progress import bar
+from spd.provenance import config_hash, model_name, versions
+from spd.sites import Site, choose_layers, find_sites
+from spd.spans import EncodedExample, encode_examples
+from spd.subspace import Basis, Subspace, check_rank, choose_rank
+from spd_kernels import GradientCovariance, tap
+
+INITIAL_FP16_SCALE = 2.0**12
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    layers: Literal["paper", "all"] | str | Sequence[int] = "paper",
+    rank: Literal["half"] | str | int = "half",
+    loss: Literal["spans", "full"] | str = "spans",
+    center: bool = True,
+    batch_size: int = 8,
+    max_length: int = 256,
+    progress: bool = True,
+) -> Subspace:
+    """Take the top singular directions of the correctness gradients at K and V.
+
+    Gradients are summed up as they come: memory is one batch's activations and O(d^2) per layer and side, whatever
+    the number of examples. Batch size, padding side and order of the examples change the result by rounding only.
+    No parameter, gradient or mode of the model is left changed.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its fast tokenizer.
+        examples: labelled examples; those whose spans leave no token within `max_length` are counted and left out.
+        layers: "paper" (n // 2 and n - 1), "all", or layer indices.
+        rank: "half" (d // 2), "energy:p" (smallest rank with p of the squared singular values), or an integer.
+        loss: "spans" (the tokens of the examples' spans) or "full" (every token).
+        center: remove the column mean of G, as published.
+        batch_size: examples in one forward and backward pass.
+        max_length: tokens after which a text is cut.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: unusable arguments, no example with a surviving span, or a NaN or infinite gradient (the message
+            names the layer and the example).
+    """
+    _check_settings(rank, loss, batch_size, max_length)
+    refuse_if_attached(model, "calibrate")
+    sites = find_sites(model)
+    chosen = [sites[layer] for layer in choose_layers(sites, layers)]
+    if not examples:
+        raise InputError("examples: expected at least one calibration example, got none")
+    encoded = encode_examples(tokenizer, examples, max_length=max_length, full=loss == "full")
+    kept = [example for example in encoded if example.targets]
+    lost = [example.index for example in encoded if not example.targets]
+    if not kept:
+        raise InputError(
+            f"examples: none of the {len(encoded)} has a token of its spans within max_length = {max_length}"
+        )
+    if lost:
+        warnings.warn(f"calibrate: {len(lost)} of {len(encoded)} examples have no surviving span: {lost}", stacklevel=2)
+
+    kept.sort(key=lambda example: (len(example.tokens), example.index))
+    batches = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
+    totals = {
+        (site.layer, side): GradientCovariance(site.width, site.k.weight.device) for site in chosen for side in "kv"
+    }
+    scale = INITIAL_FP16_SCALE if _dtype(chosen) == torch.float16 else 1.0
+    with frozen(model), bar(total=len(kept), label="calibrate", unit="examples", show=progress) as shown:
+        for batch in batches:
+            scale = _add_batch(model, chosen, batch, totals, scale)
+            shown.update(len(batch))
+
+    bases: dict[str, dict[int, Basis]] = {"k": {}, "v": {}}
+    for (layer, side), total in totals.items():
+        bases[side][layer] = _basis(f"{side.upper()} of layer {layer}", total, rank, center)
+    provenance = {
+        "model": model_name(model),
+        "model_class": type(model).__name__,
+        "config_sha256": config_hash(model),
+        "examples_sha256": sha256(json.dumps([[e.prompt, e.completion, e.spans] for e in examples])),
+        "examples": len(kept),
+        "examples_without_span": lost,
+        "target_tokens": sum(len(example.targets) for example in kept),
+        "straddling_tokens": sum(example.straddling for example in kept),
+        "spans_cut": sum(example.cut for example in encoded),
+        "rows": totals[chosen[0].layer, "k"].count,
+        "settings": {
+            "layers": layers if isinstance(layers, str) else list(layers),
+            "rank": rank,
+            "loss": loss,
+            "center": center,
+            "max_length": max_length,
+        },
+        "versions": versions(),
+    }
+    return Subspace(bases["k"], bases["v"], provenance)
+
+
+def _add_batch(
+    model: nn.Module,
+    sites: list[Site],
+    batch: list[EncodedExample],
+    totals: dict[tuple[int, str], GradientCovariance],
+    scale: float,
+) -> float:
+    """Add one batch's gradient rows to `totals`; returns the loss scale that worked.
+
+    A half-precision backward pass runs on a scaled loss, because gradients at K underflow float16. If the scaled
+    gradients overflow instead, the batch is taken again at a smaller scale; nothing of the failed pass is kept.
+    """
+    while True:
+        rows = {(s.layer, side): _BatchRows(s, scale) for s in sites for side in "kv"}
+        with _tapped(sites, rows) as mask:
+            (_loss(model, batch, mask) * scale).backward()
+        broken = [(layer, side, row) for (layer, side), r in rows.items() for row in r.broken_examples()]
+        if not broken:
+            for key, total in totals.items():
+                total.merge(rows[key].covariance)
+            return scale
+        if scale <= 1.0:
+            layer, side, row = broken[0]
+            raise InputError(
+                f"examples: the gradient at {side.upper()} of layer {layer} is NaN or infinite "
+                f"for example {batch[row].index} ({len({b[2] for b in broken})} examples in its batch are affected)"
+            )
+        scale /= 4.0
+
+
+class _BatchRows:
+    """The accumulator behind one tap for one batch: unscales, adds up, and remembers which examples broke."""
+
+    def __init__(self, site: Site, scale: float) -> None:
+        self.covariance = GradientCovariance(site.width, site.k.weight.device)
+        self.scale = scale
+        self.finite: Tensor | None = None
+
+    def update(self, g: Tensor, mask: Tensor | None = None) -> None:
+        assert mask is not None
+        mask = mask.to(g.device)
+        self.finite = (g.isfinite().all(dim=-1) | ~mask).all(dim=-1)  # (B,)
+        self.covariance.update(g if self.scale == 1.0 else g.float() / self.scale, mask)
+
+    def broken_examples(self) -> list[int]:
+        return [] if self.finite is None else (~self.finite).nonzero().flatten().tolist()
+
+
+class _Mask:
+    """Which positions of the batch in flight are real tokens; (B, T) bool, set by the loss before the forward."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+
+@contextmanager
+def _tapped(sites: list[Site], rows: dict[tuple[int, str], _BatchRows]) -> Iterator[_Mask]:
+    """Forward hooks that tap K and V; nothing below the lowest site is part of the graph."""
+    mask = _Mask()
+
+    def hook_for(site: Site, sides: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            for side in sides:
+                projection = site.side(side)
+                tapped = tap(projection.read(output), rows[site.layer, side], mask.value)
+                output = projection.write(output, tapped)
+            return output
+
+        return hook
+
+    handles = []
+    try:
+        for site in sites:
+            if site.k.module is site.v.module:
+                handles.append(site.k.module.register_forward_hook(hook_for(site, "kv")))
+            else:
+                handles.append(site.k.module.register_forward_hook(hook_for(site, "k")))
+                handles.append(site.v.module.register_forward_hook(hook_for(site, "v")))
+        yield mask
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _loss(model: nn.Module, batch: list[EncodedExample], mask: _Mask) -> Tensor:
+    """sum_i L_i over the batch: a sum, so that an example's gradient does not depend on its neighbours."""
+    device = input_device(model)
+    lengths = torch.tensor([len(example.tokens) for example in batch])
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(example.tokens) for example in batch], batch_first=True)
+    real = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
+    tokens = tokens.to(device)
+    mask.value = real
+
+    rows = torch.tensor([row for row, example in enumerate(batch) for _ in example.targets], device=device)
+    targets = torch.tensor([t for example in batch for t in example.targets], device=device)
+    weights = torch.tensor([1.0 / len(example.targets) for example in batch for _ in example.targets], device=device)
+
+    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": real.long(), "use_cache": False}
+    positions, column = torch.unique(targets - 1, return_inverse=True)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        arguments["logits_to_keep"] = positions  # the vocabulary is only multiplied out where S needs it
+    else:
+        column = targets - 1
+    logits = model(**arguments).logits[rows, column].float()  # (|S|, vocabulary)
+    losses = cross_entropy(logits, tokens[rows, targets].to(logits.device), reduction="none")
+    return (losses * weights.to(losses.device)).sum()
+
+
+def _basis(name: str, total: GradientCovariance, rank: str | int, center: bool) -> Basis:
+    if center:
+        singular_values, vectors = total.eigh()
+    else:
+        mean = total.mean()
+        squares, vectors = torch.linalg.eigh(total.covariance() + total.count * torch.outer(mean, mean))
+        singular_values, vectors = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+    if not singular_values[0] > 0:
+        raise InputError(f"examples: every gradient at {name} is zero; the loss does not depend on it")
+    r = choose_rank(rank, singular_values)
+    numerical_rank = int((singular_values > 1e-8 * singular_values[0]).sum())
+    if numerical_rank < r:
+        warnings.warn(
+            f"calibrate: {name} has gradient rows of rank {numerical_rank} only, so the last {r - numerical_rank} of "
+            f"{r} directions are arbitrary; use more examples or a smaller rank",
+            stacklevel=3,
+        )
+    return Basis(vectors[:, :r].float().contiguous().cpu(), singular_values.double().contiguous().cpu())
+
+
+def _dtype(sites: list[Site]) -> torch.dtype:
+    return sites[0].k.weight.dtype
+
+
+def _check_settings(rank: object, loss: object, batch_size: object, max_length: object) -> None:
+    check_rank(rank)
+    if loss not in ("spans", "full"):
+        raise InputError(f'loss: expected "spans" or "full", got {loss!r}')
+    for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")

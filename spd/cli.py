@@ -1,0 +1,370 @@
+"""The command line. Thin: every command is one function of the package, its result printed.
+
+Heavy imports stand inside the commands, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from spd.errors import InputError
+
+if TYPE_CHECKING:
+    from spd.run import Score
+    from spd.subspace import Subspace
+
+app = typer.Typer(
+    name="spd",
+    help="Self-Policy Distillation: improve a language model with its own generations (arXiv 2605.22675).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help='Checkpoint folder, hub name, or "proving-ground".')]
+TaskName = Annotated[str, typer.Option("--task", "-t", help="gsm8k, svamp, words, choice, code, or an -ood sibling.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of local records, NAME/SPLIT.jsonl, in place of the hub.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no lines about stages.")]
+SubspaceFolder = Annotated[Path | None, typer.Option(help="Project K and V onto this subspace.")]
+Mode = Annotated[str, typer.Option(help="How to project: auto, hook or fold.")]
+Sides = Annotated[str, typer.Option(help="Which side to project: kv, k or v.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts decoded together.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of a completion. [default: the task's]")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="TOML file; README shows one, spd/config.py every key.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME-OF-CONFIG]")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Carry out the whole method; started again on the same folder, go on where it stopped."""
+    from spd.config import load_config
+    from spd.run import run as carry_out
+
+    settings = load_config(config)
+    folder = out or Path("runs") / config.stem
+    scores = carry_out(settings, folder, progress=not quiet, say=_say(quiet))
+    _print_scores(scores, folder)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole method on the model and data that the project carries (about three minutes on two cores)."""
+    from spd.config import load_config
+    from spd.run import run as carry_out
+    from spd.subspace import Subspace
+
+    settings = load_config(Path(__file__).with_name("demo.toml"))
+    scores = carry_out(settings, out, progress=not quiet, say=_say(quiet))
+    for task in settings.tasks:
+        _print_spectra(f"Gradient spectra, {task}", Subspace.from_pretrained(out / task / "subspace"))
+    _print_scores(scores, out)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="Folder for the subspace.")],
+    examples: Annotated[int | None, typer.Option(help="Calibration examples. [default: the task's]")] = None,
+    layers: Annotated[str, typer.Option(help='"paper" (middle and last), "all", or indices: 3,7,11.')] = "paper",
+    rank: Annotated[str, typer.Option(help='"half", "energy:0.95", or a number.')] = "half",
+    loss: Annotated[str, typer.Option(help='"spans" (correctness-defining tokens) or "full".')] = "spans",
+    batch_size: Annotated[int, typer.Option(help="Examples in one pass.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens after which a text is cut.")] = 256,
+    data: Data = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Find the subspace of K and V in which a task's correctness is decided."""
+    import spd
+
+    chosen = spd.load_task(task, data)
+    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+    subspace = spd.calibrate(
+        loaded,
+        tokenizer,
+        chosen.calibration()[: examples or chosen.calibration_size],
+        layers=_layers(layers),
+        rank=int(rank) if rank.isdecimal() else rank,
+        loss=loss,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=not quiet,
+    )
+    subspace.save_pretrained(out)
+    if not quiet:
+        _print_spectra(f"{task} on {model}", subspace)
+    typer.echo(out)
+
+
+@app.command()
+def generate(
+    model: Model,
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="JSON Lines file; resumed if it is there.")],
+    subspace: SubspaceFolder = None,
+    prompts: Annotated[int | None, typer.Option(help="The first so many training prompts. [default: all]")] = None,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Nucleus mass.")] = 0.9,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 32,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 42,
+    mode: Mode = "auto",
+    sides: Sides = "kv",
+    data: Data = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Sample one completion for each of a task's training prompts, projected if --subspace is given."""
+    import spd
+
+    chosen = spd.load_task(task, data)
+    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+    with _projected(loaded, subspace, mode, sides):
+        spd.generate(
+            loaded,
+            tokenizer,
+            chosen.training_prompts()[:prompts],
+            out=out,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens or chosen.max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            tag=_tag(subspace, mode, sides),
+            progress=not quiet,
+        )
+    typer.echo(out)
+
+
+@app.command()
+def distill(
+    model: Model,
+    generations: Annotated[Path, typer.Option(help="JSON Lines file that `spd generate` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the LoRA adapter.")],
+    preset: Annotated[str, typer.Option(help="Recipe to start from.")] = "paper",
+    learning_rate: Annotated[float | None, typer.Option(help="In place of the preset's.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="In place of the preset's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="In place of the preset's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="In place of the preset's.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune the original model on its own completions with LoRA."""
+    from dataclasses import replace
+
+    import spd
+    from spd.distillation import PRESETS
+    from spd.generation import read_generations
+
+    if preset not in PRESETS:
+        raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    given: dict[str, Any] = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    recipe = replace(PRESETS[preset], **{key: value for key, value in given.items() if value is not None})
+    completions = read_generations(generations)
+    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+    typer.echo(spd.distill(loaded, tokenizer, completions, out=out, recipe=recipe, progress=not quiet))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: TaskName,
+    subspace: SubspaceFolder = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter that `spd distill` wrote.")] = None,
+    questions: Annotated[int | None, typer.Option(help="The first so many. [default: the published number]")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON Lines file for the completions; resumed.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 32,
+    mode: Mode = "auto",
+    sides: Sides = "kv",
+    data: Data = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Score a model, projected or tuned, on a task's test questions."""
+    import spd
+
+    if subspace and adapter:
+        raise InputError("--subspace and --adapter: give one of them; the adapter is for the unprojected model")
+    chosen = spd.load_task(task, data)
+    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+    with (
+        _projected(loaded, subspace, mode, sides),
+        spd.adapted(loaded, adapter) if adapter else nullcontext(loaded) as tested,
+    ):
+        evaluation = spd.evaluate(
+            tested,
+            tokenizer,
+            chosen,
+            limit=questions,
+            out=out,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            tag=_tag(subspace, mode, sides) or _tag(adapter),
+            progress=not quiet,
+        )
+    low, high = evaluation.interval
+    typer.echo(
+        f"{task}: {100 * evaluation.accuracy:.1f} % ({evaluation.correct} of {evaluation.n}), "
+        f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+    )
+
+
+@app.command()
+def inspect(
+    subspace: Annotated[Path, typer.Argument(help="Subspace folder.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw the spectra into this file (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Show what a subspace holds: ranks, energy, spectra, and where it came from."""
+    import json
+
+    from spd.subspace import Subspace
+
+    loaded = Subspace.from_pretrained(subspace)
+    _print_spectra(str(subspace), loaded)
+    typer.echo(json.dumps(loaded.provenance, indent=2, ensure_ascii=False))
+    if plot:
+        from spd.files import atomic_file
+        from spd.plots import FORMATS, spectra_figure
+
+        if plot.suffix not in FORMATS:
+            raise InputError(f"--plot: expected a file name ending in {', '.join(FORMATS)}, got {plot.name!r}")
+        with atomic_file(plot) as temporary:
+            spectra_figure(loaded).savefig(temporary, format=plot.suffix[1:], dpi=160)
+        typer.echo(plot)
+
+
+def main() -> NoReturn:
+    """Entry point: bad input ends in one line and status 2, a failing disk in one line and status 1."""
+    _quieten_libraries()
+    try:
+        app()
+    except InputError as error:
+        _fail(error, 2)
+    except OSError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", 130)
+    sys.exit(0)
+
+
+def _fail(error: object, status: int) -> NoReturn:
+    if os.environ.get("SPD_DEBUG") and isinstance(error, BaseException):
+        raise error
+    typer.echo("spd: " + " ".join(str(error).split()), err=True)
+    sys.exit(status)
+
+
+def _quieten_libraries() -> None:
+    """Only what the user can act on; a warning is one line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if category is UserWarning:
+            typer.echo(f"warning: {message}", err=True)
+
+    warnings.showwarning = show
+
+
+def _say(quiet: bool) -> Any:
+    return (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+
+
+def _layers(text: str) -> str | list[int]:
+    if text in ("paper", "all"):
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f'--layers: expected "paper", "all" or indices such as 3,7, got {text!r}') from None
+
+
+def _projected(model: Any, folder: Path | None, mode: str, sides: str) -> Any:
+    import spd
+
+    if folder is None:
+        return nullcontext()
+    return spd.attach(model, spd.Subspace.from_pretrained(folder, model), mode=mode, sides=sides)
+
+
+def _tag(folder: Path | None, *settings: str) -> str:
+    """What a subspace or an adapter adds to the settings of a resumable file."""
+    from spd.files import sha256_of_file
+
+    if folder is None:
+        return ""
+    weights = sorted(folder.glob("*.safetensors"))
+    return " ".join([*(sha256_of_file(path) for path in weights), *settings])
+
+
+def _print_scores(scores: list[Score], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    tests = list(dict.fromkeys(score.evaluation.task for score in scores))
+    table = Table(title="Accuracy in %, 95 % interval", title_justify="left", header_style="bold")
+    table.add_column("trained for")
+    table.add_column("arm")
+    for test in tests:
+        n = next(score.evaluation.n for score in scores if score.evaluation.task == test)
+        table.add_column(f"{test} (n = {n})", justify="right", no_wrap=True)
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for score in scores:
+        low, high = score.evaluation.interval
+        cell = f"{100 * score.evaluation.accuracy:.1f}  [{100 * low:4.1f}, {100 * high:4.1f}]"
+        rows.setdefault((score.capability or "", score.arm), {})[score.evaluation.task] = cell
+    previous = ""
+    for (capability, arm), cells in rows.items():
+        if capability != previous:
+            table.add_section()
+        table.add_row(capability if capability != previous else "", arm, *(cells[test] for test in tests))
+        previous = capability
+    Console().print(table)
+    typer.echo(f"report: {(folder / 'report.html').resolve()}")
+
+
+def _print_spectra(title: str, subspace: Subspace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from spd.spectrum import site_rows, sparkline
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in ("site", "d", "rank", "energy kept", "rank for 95 %"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    table.add_column("singular values, log scale", no_wrap=True)
+    for row in site_rows(subspace):
+        table.add_row(
+            row.site,
+            str(row.width),
+            str(row.rank),
+            f"{100 * row.energy:.1f} %",
+            str(row.rank_95),
+            sparkline(row.singular_values),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The configuration of a run: a TOML file. Defaults are the published settings where there are any."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from spd.distillation import Recipe
+from spd.errors import InputError
+from spd.subspace import check_rank
+
+Positive = Field(default=None, ge=1)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CalibrationSettings(_Section):
+    """How many examples (None: the task's published number), and the arguments of `spd.calibrate`."""
+
+    examples: int | None = Positive
+    layers: Literal["paper", "all"] | list[int] = "paper"
+    rank: int | str = "half"
+    loss: Literal["spans", "full"] = "spans"
+    center: bool = True
+    batch_size: int = Field(default=8, ge=1)
+    max_length: int = Field(default=256, ge=2)
+
+    @field_validator("rank")
+    @classmethod
+    def _rank(cls, rank: int | str) -> int | str:
+        check_rank(rank)
+        return rank
+
+
+class InterventionSettings(_Section):
+    """The arguments of `spd.attach`."""
+
+    mode: Literal["auto", "hook", "fold"] = "auto"
+    sides: Literal["kv", "k", "v"] = "kv"
+    a: float = Field(default=0.0, allow_inf_nan=False)
+    b: float = Field(default=1.0, allow_inf_nan=False)
+
+
+class GenerationSettings(_Section):
+    """How many training prompts (None: all of the task's), and the arguments of `spd.generate`."""
+
+    prompts: int | None = Positive
+    temperature: float = Field(default=0.7, ge=0, allow_inf_nan=False)
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    max_new_tokens: int | None = Positive
+    batch_size: int = Field(default=32, ge=1)
+
+
+class EvaluationSettings(_Section):
+    """How many test questions (None: the task's published number), and the arguments of `spd.evaluate`."""
+
+    questions: int | None = Positive
+    max_new_tokens: int | None = Positive
+    batch_size: int = Field(default=32, ge=1)
+
+
+class RunConfig(_Section):
+    """One run.
+
+    Args:
+        model: checkpoint folder, hub name, or "proving-ground" for the model that the project carries.
+        tasks: capabilities to improve, each calibrated and trained for itself.
+        evaluate: tasks to test every arm on (default: `tasks`).
+        data: folder of local records, NAME/SPLIT.jsonl; without it data sets come from the hub.
+        dtype: of the weights; "auto" takes the checkpoint's.
+        device: "auto" takes a GPU where there is one.
+        seed: of sampling and training.
+    """
+
+    model: str
+    tasks: list[str] = Field(min_length=1)
+    evaluate: list[str] = []
+    data: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: str = "auto"
+    seed: int = Field(default=42, ge=0)
+    calibration: CalibrationSettings = CalibrationSettings()
+    intervention: InterventionSettings = InterventionSettings()
+    generation: GenerationSettings = GenerationSettings()
+    training: Recipe = Recipe()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`seed` at the top seeds the training too, unless [training] has its own."""
+        training = values.get("training", {})
+        if "seed" in values and isinstance(training, dict):
+            return values | {"training": {"seed": values["seed"]} | training}
+        return values
+
+    @field_validator("tasks", "evaluate")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) != len(names):
+            raise ValueError(f"a task is named twice in {names}")
+        return names
+
+    @property
+    def evaluated(self) -> list[str]:
+        return self.evaluate or self.tasks
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a TOML file. Paths in it (model, data) that are relative and exist beside the file are taken from there.
+
+    Raises:
+        InputError: no such file, not TOML, an unknown key (the near one is suggested), or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"config: there is no file {path}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file ({error})") from None
+    for key in ("model", "data"):
+        value = values.get(key)
+        if isinstance(value, str) and not Path(value).is_absolute() and (path.parent / value).is_dir():
+            values[key] = str((path.parent / value).resolve())
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: dict[str, Any], source: str = "config") -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(error.errors()[0])}") from None
+
+
+def _explain(error: Any) -> str:
+    *sections, key = [str(part) for part in error["loc"]] or ["configuration"]
+    name = ".".join([*sections, key])
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys(sections)
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys there are {', '.join(known)}"
+        return f"unknown key {name!r}; {hint}"
+    if error["type"] == "missing":
+        return f"the key {name!r} is required"
+    return f"{name}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
+
+
+def _keys(sections: list[str]) -> list[str]:
+    section: Any = RunConfig
+    for name in sections:
+        annotation = section.model_fields[name].annotation
+        section = next((a for a in get_args(annotation) if isinstance(a, type)), annotation)
+    return list(section.model_fields if hasattr(section, "model_fields") else section.__dataclass_fields__)

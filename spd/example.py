@@ -1,0 +1,45 @@
+"""A labelled calibration example: text, and the characters of it that define correctness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Example:
+    """Prompt and reference completion, with the character spans S that define correctness.
+
+    Args:
+        prompt: what the model is given.
+        completion: the reference answer that follows it, verbatim (no separator is added between the two).
+        spans: half-open character intervals `(start, end)` into `prompt + completion`. May be empty, in which case
+            the example only serves `loss="full"`.
+
+    Raises:
+        InputError: a span is empty, reversed, not a pair of integers, or outside the text.
+    """
+
+    prompt: str
+    completion: str
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "completion"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"Example.{name}: expected a string, got {type(getattr(self, name)).__name__}")
+        length = len(self.prompt) + len(self.completion)
+        for span in self.spans:
+            if len(span) != 2 or not all(isinstance(edge, int) for edge in span):
+                raise InputError(f"Example.spans: expected pairs (start, end) of integers, got {span!r}")
+            start, end = span
+            if not 0 <= start < end <= length:
+                raise InputError(
+                    f"Example.spans: ({start}, {end}) is not a non-empty interval inside the text, "
+                    f"which has {length} characters (prompt {len(self.prompt)} + completion {len(self.completion)})"
+                )
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.completion

@@ -1,0 +1,40 @@
+"""Mode `hook`: project what k_proj and v_proj return, as it is returned. Works on any engine that calls the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spd.intervention.target import Target
+from spd_kernels import project
+
+
+class Hook:
+    mode: Literal["hook"] = "hook"
+
+    def __init__(self, targets: Sequence[Target], a: float, b: float) -> None:
+        self._handles = [each.projection.module.register_forward_hook(_ProjectOutput(each, a, b)) for each in targets]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _ProjectOutput:
+    """A forward hook. The basis follows the activations' dtype and device, one copy for each that is met."""
+
+    def __init__(self, target: Target, a: float, b: float) -> None:
+        self._projection = target.projection
+        self._basis = target.basis
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._a, self._b = a, b
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        key = output.device, output.dtype
+        if key not in self._copies:
+            self._copies[key] = self._basis.to(*key)
+        activation = self._projection.read(output)
+        return self._projection.write(output, project(activation, self._copies[key], a=self._a, b=self._b))

@@ -1,0 +1,120 @@
+"""The figures of the report, as SVG text to put into a page (or saved as files by the command line)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+from spd.subspace import Subspace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+SIDE_COLOUR = {"k": "#2563eb", "v": "#d97706"}
+ARM_COLOUR = {"base": "#9aa5b1", "projected": "#7c9fd6", "self-training": "#e3b36b", "spd": "#1d4ed8"}
+TRAINING_COLOUR = {"plain": ARM_COLOUR["self-training"], "projected": ARM_COLOUR["spd"]}
+TRAINING_NAME = {"plain": "self-training", "projected": "spd"}
+
+
+P = ParamSpec("P")
+
+
+def _as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
+    @wraps(draw)
+    def svg(*args: P.args, **kwargs: P.kwargs) -> str:
+        figure = draw(*args, **kwargs)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+    return svg
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams |= {
+        "font.size": 9,
+        "font.family": "sans-serif",
+        "text.color": INK,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "spd",
+    }
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color=GRID, linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def spectra_figure(subspace: Subspace) -> Figure:
+    """Singular values relative to the first, one panel a layer, with the rank cut and the energy it keeps."""
+    layers = subspace.layers
+    figure, axes = _figure(min(3.4 * len(layers), 14), 2.6, len(layers))
+    for axis, layer in zip(axes, layers, strict=True):
+        for side in "kv":
+            basis = subspace.side(side)[layer]
+            relative = (basis.singular_values / basis.singular_values[0]).clamp(min=1e-12)
+            label = f"{side.upper()}: rank {basis.rank} of {basis.width}, {100 * basis.energy():.1f} % energy"
+            axis.semilogy(range(1, basis.width + 1), relative, color=SIDE_COLOUR[side], linewidth=1.6, label=label)
+            axis.axvline(basis.rank, color=SIDE_COLOUR[side], linewidth=0.9, linestyle=(0, (3, 3)))
+        axis.set_title(f"layer {layer}", loc="left", fontsize=9.5, fontweight="bold")
+        axis.set_xlabel("index")
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
+    axes[0].set_ylabel("singular value / first")
+    return figure
+
+
+spectra = _as_svg(spectra_figure)
+
+
+@_as_svg
+def training_loss(losses: dict[str, list[dict[str, float]]]) -> Figure:
+    figure, (axis,) = _figure(3.4, 2.6)
+    for name, entries in losses.items():
+        steps, values = [entry["step"] for entry in entries], [entry["loss"] for entry in entries]
+        axis.plot(steps, values, color=TRAINING_COLOUR[name], linewidth=1.6, label=TRAINING_NAME[name])
+    axis.set_title("training loss", loc="left", fontsize=9.5, fontweight="bold")
+    axis.set_xlabel("step")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+@_as_svg
+def accuracy_bars(metrics: list[dict[str, Any]]) -> Figure:
+    """Accuracy with its 95 % interval: one group for each capability tested on itself, else on every task."""
+    capabilities = list(dict.fromkeys(score["capability"] for score in metrics if score["capability"]))
+    tests = list(dict.fromkeys(score["task"] for score in metrics))
+    groups = [(name, test) for name in capabilities for test in tests if name == test or name not in tests]
+    figure, (axis,) = _figure(min(2.0 + 1.9 * len(groups), 12), 2.8)
+    arms = list(ARM_COLOUR)
+    for position, (capability, test) in enumerate(groups):
+        for offset, arm in enumerate(arms):
+            score = next(
+                s for s in metrics if s["arm"] == arm and s["task"] == test and s["capability"] in (None, capability)
+            )
+            low, high = score["interval_95"]
+            accuracy = 100 * score["accuracy"]
+            x = position + (offset - 1.5) * 0.2
+            axis.bar(x, accuracy, width=0.18, color=ARM_COLOUR[arm], label=arm if position == 0 else None)
+            axis.errorbar(
+                x, accuracy, [[accuracy - 100 * low], [100 * high - accuracy]], color=INK, linewidth=0.9, capsize=2
+            )
+    names = [test if capability == test else f"{capability}, on {test}" for capability, test in groups]
+    axis.set_xticks(range(len(groups)), names)
+    axis.set_ylabel("accuracy, %")
+    axis.set_ylim(0, 100)
+    axis.legend(frameon=False, fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, 1.16))
+    return figure

@@ -1,0 +1,13 @@
+"""One look for every progress bar: on the terminal's error stream, gone where the user asks for quiet."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from tqdm import tqdm
+
+
+def bar(*, total: int, label: str, unit: str, show: bool, done: int = 0) -> tqdm[NoReturn]:
+    return tqdm(
+        total=total, initial=done, desc=label, unit=f" {unit}", disable=not show, dynamic_ncols=True, leave=False
+    )

@@ -1,0 +1,52 @@
+"""What a result came from: model identity and library versions, as plain data."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from typing import Any
+
+from torch import nn
+
+from spd.files import sha256
+
+_NOT_ARCHITECTURE = {
+    "_name_or_path",
+    "_attn_implementation",
+    "attn_implementation",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def model_name(model: nn.Module) -> str:
+    """The checkpoint's name or folder as transformers recorded it, else the class name."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def config_hash(model: nn.Module) -> str:
+    """Hash of the configuration, without the keys that say how a checkpoint is loaded rather than what it is."""
+    config = model.config.to_dict()  # type: ignore[union-attr, operator]
+    return sha256(json.dumps(_architecture(config), sort_keys=True, default=str))
+
+
+def _architecture(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _architecture(v) for k, v in value.items() if k not in _NOT_ARCHITECTURE}
+    if isinstance(value, (list, tuple)):
+        return [_architecture(item) for item in value]
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a result depends on (absent ones left out)."""
+    found = {"python": platform.python_version()}
+    for name in ("spd", "torch", "triton", "transformers", "peft", "accelerate", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,51 @@
+"""What a task is: where its examples come from, what counts as correct, how an answer is matched."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from spd.example import Example
+
+
+@dataclass(frozen=True)
+class Question:
+    """One evaluation item: the prompt a model completes and the reference that `Task.is_correct` compares with."""
+
+    prompt: str
+    reference: str
+
+
+class Task(ABC):
+    """A capability and three uses of its records: calibration, training prompts, test.
+
+    Test questions are never among the other two; calibration examples may be (the paper takes both from the training
+    split). Every method returns items in a fixed order, so that a limit is a prefix and a record keeps its index.
+    """
+
+    name: str
+    """Registry name, also the file name of the task's results."""
+    max_new_tokens: int = 256
+    """Length of a completion, in tokens (the paper: 256)."""
+    calibration_size: int = 50
+    """Default number of calibration examples (the paper: 50 for maths and code, 500 for multiple choice)."""
+    test_size: int | None = None
+    """Default number of test questions (None: all)."""
+    stop: tuple[str, ...] = ()
+    """A completion ends before the first of these strings, for models that run on into a next question."""
+
+    @abstractmethod
+    def calibration(self) -> list[Example]:
+        """Labelled examples with correctness-defining spans."""
+
+    @abstractmethod
+    def training_prompts(self) -> list[str]:
+        """Prompts the model completes by itself to make its training set; no label is used."""
+
+    @abstractmethod
+    def test(self) -> list[Question]:
+        """Held-out questions."""
+
+    @abstractmethod
+    def is_correct(self, completion: str, question: Question) -> bool:
+        """Whether a completion (already cut at `stop`) answers the question."""
