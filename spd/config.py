@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -93,12 +93,17 @@ class RunConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_seed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """`seed` at the top seeds the training too, unless [training] has its own."""
+    def _recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """[training] is a `Recipe`; the seed at the top is its seed unless it has its own."""
         training = values.get("training", {})
-        if "seed" in values and isinstance(training, dict):
-            return values | {"training": {"seed": values["seed"]} | training}
-        return values
+        if not isinstance(training, dict):
+            return values
+        for key in training:
+            if key not in Recipe.__dataclass_fields__:
+                raise InputError(_unknown(key, list(Recipe.__dataclass_fields__), "training."))
+        return values | {
+            "training": Recipe(**({"seed": values.get("seed", cls.model_fields["seed"].default)} | training))
+        }
 
     @field_validator("tasks", "evaluate")
     @classmethod
@@ -143,21 +148,18 @@ def parse_config(values: dict[str, Any], source: str = "config") -> RunConfig:
 
 
 def _explain(error: Any) -> str:
-    *sections, key = [str(part) for part in error["loc"]] or ["configuration"]
+    *sections, key = [str(part) for part in error["loc"]] or [""]
     name = ".".join([*sections, key])
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys(sections)
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys there are {', '.join(known)}"
-        return f"unknown key {name!r}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        section: Any = RunConfig.model_fields[sections[0]].annotation if sections else RunConfig
+        return _unknown(key, list(section.model_fields), "".join(f"{part}." for part in sections))
     if error["type"] == "missing":
         return f"the key {name!r} is required"
-    return f"{name}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"
+    return f"{name}: {message}, got {error['input']!r}" if name else message
 
 
-def _keys(sections: list[str]) -> list[str]:
-    section: Any = RunConfig
-    for name in sections:
-        annotation = section.model_fields[name].annotation
-        section = next((a for a in get_args(annotation) if isinstance(a, type)), annotation)
-    return list(section.model_fields if hasattr(section, "model_fields") else section.__dataclass_fields__)
+def _unknown(key: str, known: list[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the keys there are {', '.join(known)}"
+    return f"unknown key {prefix + key!r}; {hint}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,8 +63,6 @@ class Recipe:
     max_grad_norm: float = 1.0
     prompt_loss: bool = True
     seed: int = 42
-
-    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:
         positive = ("lora_rank", "lora_alpha", "learning_rate", "epochs", "batch_size", "max_length", "max_grad_norm")

@@ -1,0 +1,194 @@
+"""Training: the published loss and settings, the base model untouched, a killed run that ends as if undisturbed."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import spd
+from spd import distillation
+from spd.distillation import PRESETS, _collate, _encode
+
+FAST = spd.Recipe(epochs=6, batch_size=4, learning_rate=2e-2, lora_dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def generations(prompts):
+    return [
+        spd.Generation(index, prompt, f" the answer is {index}", 8, finished=index % 3 > 0)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def train(model, tokenizer, generations, out, recipe=FAST):
+    return spd.distill(model, tokenizer, generations, out=out, recipe=recipe, progress=False)
+
+
+def logits(model, tokenizer):
+    tokens = tokenizer(["Question: how many apples?"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def test_the_preset_is_as_published():
+    assert asdict(PRESETS["paper"]) == {
+        "lora_rank": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "learning_rate": 1e-5,
+        "weight_decay": 0.01,
+        "epochs": 5,
+        "warmup_epochs": 0.5,
+        "batch_size": 4,
+        "max_length": 256,
+        "max_grad_norm": 1.0,
+        "prompt_loss": True,
+        "seed": 42,
+    }
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt2", "gpt_neox"])
+def test_training_learns_and_leaves_the_base_model_alone(family, make_model, tokenizer, generations, tmp_path):
+    model = make_model(family)
+    base = logits(model, tokenizer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    out = train(model, tokenizer, generations, tmp_path / "adapter")
+
+    manifest = json.loads((out / "training.json").read_text())
+    losses = [entry["loss"] for entry in manifest["loss"]]
+    assert losses[-1] < losses[0] - 0.2
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        n: t.shape for n, t in before.items()
+    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert torch.equal(logits(model, tokenizer), base)
+    with spd.adapted(model, out) as tuned:
+        assert float((logits(tuned, tokenizer) - base).abs().max()) > 1e-2
+    assert torch.equal(logits(model, tokenizer), base)
+    assert not (tmp_path / "adapter.checkpoints").exists()
+
+
+def test_the_adapter_is_a_plain_peft_adapter(model, make_model, tokenizer, generations, tmp_path):
+    out = train(model, tokenizer, generations, tmp_path / "adapter")
+    with spd.adapted(model, out) as tuned:
+        expected = logits(tuned, tokenizer)
+    assert torch.equal(logits(PeftModel.from_pretrained(make_model("qwen3"), out), tokenizer), expected)
+    names = {name.rsplit(".", 3)[1] for name in load_file(out / "adapter_model.safetensors")}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_the_loss_is_on_prompt_and_completion_and_never_on_padding(tokenizer):
+    long = spd.Generation(0, "Question: how many?\nAnswer:", " there are 12", 5, finished=True)
+    short = spd.Generation(1, "Q:", " 1", 2, finished=False)
+    rows = [_encode(tokenizer, generation, spd.Recipe()) for generation in (long, short)]
+    assert rows[0]["input_ids"] == tokenizer(long.prompt + long.completion)["input_ids"] + [tokenizer.eos_token_id]
+    assert rows[1]["input_ids"] == tokenizer("Q: 1")["input_ids"], "no end where the model did not end"
+    batch = _collate(rows)
+    real = batch["attention_mask"].bool()
+    assert real.sum(1).tolist() == [len(row["input_ids"]) for row in rows]
+    assert torch.equal(batch["labels"][real], batch["input_ids"][real])
+    assert (batch["labels"][~real] == -100).all()
+
+
+def test_the_loss_can_be_on_the_completion_only(tokenizer):
+    generation = spd.Generation(0, "Question:", " there are 12", 5, finished=True)
+    row = _encode(tokenizer, generation, spd.Recipe(prompt_loss=False))
+    prompt_length = len(tokenizer("Question:")["input_ids"])
+    assert row["labels"] == [-100] * prompt_length + row["input_ids"][prompt_length:]
+
+
+def test_long_sequences_are_cut(tokenizer):
+    generation = spd.Generation(0, "z" * 50, "y" * 50, 50, finished=True)
+    row = _encode(tokenizer, generation, spd.Recipe(max_length=16))
+    assert len(row["input_ids"]) == len(row["labels"]) == 16
+
+
+def test_an_interrupted_training_ends_as_an_undisturbed_one(
+    model, tokenizer, generations, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(distillation, "CHECKPOINT_STEPS", 7)
+    undisturbed = train(model, tokenizer, generations, tmp_path / "undisturbed")
+
+    class Pull(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 16:
+                raise KeyboardInterrupt
+
+    whole = distillation._mark_complete_callback
+    monkeypatch.setattr(distillation, "_mark_complete_callback", lambda: [whole(), Pull()][1])
+    monkeypatch.setattr(distillation, "_progress_callback", lambda label, show: whole())
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tokenizer, generations, tmp_path / "adapter")
+    monkeypatch.undo()
+    monkeypatch.setattr(distillation, "CHECKPOINT_STEPS", 7)
+    assert not (tmp_path / "adapter").exists()
+    assert not hasattr(model, "peft_config")
+    checkpoints = tmp_path / "adapter.checkpoints"
+    assert (checkpoints / "checkpoint-14" / "complete").is_file()
+    (checkpoints / "checkpoint-999").mkdir()  # as if torn while it was written
+
+    resumed_from = []
+    train_from = distillation._last_complete_checkpoint
+    monkeypatch.setattr(
+        distillation,
+        "_last_complete_checkpoint",
+        lambda work: resumed_from.append(train_from(work)) or resumed_from[-1],
+    )
+    resumed = train(model, tokenizer, generations, tmp_path / "adapter")
+    assert resumed_from[0].endswith("checkpoint-14")
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (undisturbed, resumed))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not checkpoints.exists()
+
+
+def test_a_finished_adapter_is_kept_or_refused(model, tokenizer, generations, tmp_path, monkeypatch):
+    out = train(model, tokenizer, generations, tmp_path / "adapter")
+    monkeypatch.setattr(distillation, "_train", None)
+    assert train(model, tokenizer, generations, tmp_path / "adapter") == out
+    with pytest.raises(spd.InputError, match="another data_sha256"):
+        train(model, tokenizer, generations[1:], out)
+    with pytest.raises(spd.InputError, match="another recipe"):
+        train(model, tokenizer, generations, out, spd.Recipe())
+    weights = out / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for use in (lambda: train(model, tokenizer, generations, out), lambda: spd.adapted(model, out).__enter__()):
+        with pytest.raises(spd.InputError, match="truncated or altered"):
+            use()
+
+
+def test_an_adapter_of_another_model_is_refused(model, make_model, tokenizer, generations, tmp_path):
+    out = train(model, tokenizer, generations, tmp_path / "adapter")
+    with pytest.raises(spd.InputError, match="trained on"), spd.adapted(make_model("llama"), out):
+        pass
+    with pytest.raises(spd.InputError, match="no adapter there"), spd.adapted(model, tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"epochs": -1}, "epochs"),
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"weight_decay": float("nan")}, "weight_decay"),
+    ],
+)
+def test_bad_recipes_are_refused(changes, message):
+    with pytest.raises(spd.InputError, match=message):
+        spd.Recipe(**changes)
+
+
+def test_bad_input_is_refused(model, tokenizer, generations, tmp_path):
+    with pytest.raises(spd.InputError, match="at least one"):
+        train(model, tokenizer, [], tmp_path / "adapter")
+    with pytest.raises(spd.InputError, match="'published'"):
+        train(model, tokenizer, generations, tmp_path / "adapter", "published")
+    assert list(tmp_path.iterdir()) == []

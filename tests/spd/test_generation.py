@@ -1,0 +1,176 @@
+"""Sampling: one stream of random numbers for each prompt, whatever the batch; files that survive a kill."""
+
+import json
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import spd
+from spd.generation import SeededSampling, read_generations
+
+
+def sample(model, tokenizer, prompts, **changes):
+    return spd.generate(model, tokenizer, prompts, **({"max_new_tokens": 10, "progress": False} | changes))
+
+
+def test_completions_do_not_depend_on_the_batch(model, tokenizer, prompts):
+    alone = sample(model, tokenizer, prompts, batch_size=1)
+    assert sample(model, tokenizer, prompts, batch_size=7) == alone
+    assert sample(model, tokenizer, prompts, batch_size=64) == alone
+    assert [generation.prompt for generation in alone] == prompts
+    assert len({generation.completion for generation in alone}) > len(alone) // 2
+
+
+def test_the_seed_matters_and_nothing_else_does(model, tokenizer, prompts):
+    first = sample(model, tokenizer, prompts)
+    torch.manual_seed(1234)
+    assert sample(model, tokenizer, prompts) == first
+    assert sample(model, tokenizer, prompts, seed=43) != first
+
+
+def test_greedy_decoding_is_that_of_transformers(model, tokenizer, prompts):
+    found = sample(model, tokenizer, prompts[:4], temperature=0.0, batch_size=2)
+    for generation in found:
+        tokens = tokenizer(generation.prompt, return_tensors="pt")
+        expected = model.generate(**tokens, max_new_tokens=10, do_sample=False)[0, tokens["input_ids"].shape[1] :]
+        assert generation.completion == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_sampling_follows_the_distribution():
+    torch.manual_seed(0)
+    scores = torch.randn(1, 5)
+    n = 20000
+    uniforms = torch.rand(n, 1, dtype=torch.float64)
+    chosen = SeededSampling(uniforms, prompt_length=3)(torch.zeros(n, 3), scores.expand(n, 5)).argmax(-1)
+    shares = torch.bincount(chosen, minlength=5) / n
+    expected = scores[0].softmax(-1)
+    assert ((shares - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+def test_an_impossible_token_is_never_sampled():
+    scores = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, 5)
+    uniforms = torch.tensor([[0.0], [0.5], [1 - 1e-16]], dtype=torch.float64)
+    chosen = SeededSampling(uniforms, prompt_length=1)(torch.zeros(3, 1), scores).argmax(-1)
+    assert chosen.tolist() == [1, 3, 3]
+
+
+def test_a_small_nucleus_is_greedy(model, tokenizer, prompts):
+    greedy = sample(model, tokenizer, prompts, temperature=0.0)
+    assert sample(model, tokenizer, prompts, top_p=1e-6) == greedy
+    assert sample(model, tokenizer, prompts, top_p=1.0, temperature=1e-4) == greedy
+
+
+def test_sampling_settings_of_the_checkpoint_are_not_used(model, tokenizer, prompts):
+    before = sample(model, tokenizer, prompts)
+    model.generation_config = GenerationConfig(
+        eos_token_id=0, pad_token_id=0, repetition_penalty=5.0, top_k=1, temperature=0.1, do_sample=True
+    )
+    own = model.generation_config
+    assert sample(model, tokenizer, prompts) == before
+    assert model.generation_config is own
+
+
+def test_finished_means_the_model_ended_itself(model, tokenizer, prompts):
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 1.5
+    found = sample(model, tokenizer, prompts, max_new_tokens=20, temperature=1.0, top_p=1.0)
+    ended = [generation for generation in found if generation.finished]
+    cut = [generation for generation in found if not generation.finished]
+    assert ended and cut
+    assert all(generation.tokens == 20 for generation in cut)
+    assert any(generation.tokens < 20 for generation in ended)
+    assert not any("<eos>" in generation.completion for generation in found)
+
+
+def test_a_torn_file_is_completed_to_the_same_completions(model, tokenizer, prompts, tmp_path):
+    whole = tmp_path / "whole.jsonl"
+    expected = sample(model, tokenizer, prompts, out=whole, batch_size=4)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    torn = tmp_path / "torn.jsonl"
+    (tmp_path / "torn.settings.json").write_bytes((tmp_path / "whole.settings.json").read_bytes())
+    for keep in (0, 1, 6, len(lines) - 1):
+        torn.write_bytes(b"".join(lines[:keep]) + lines[keep][: len(lines[keep]) // 2])
+        with pytest.raises(spd.InputError):
+            read_generations(torn)
+        assert sample(model, tokenizer, prompts, out=torn, batch_size=4) == expected
+        assert sorted(torn.read_bytes().splitlines()) == sorted(whole.read_bytes().splitlines())
+    assert read_generations(whole) == expected
+
+
+def test_a_finished_file_is_not_generated_again(model, tokenizer, prompts, tmp_path, monkeypatch):
+    out = tmp_path / "g.jsonl"
+    expected = sample(model, tokenizer, prompts, out=out)
+    monkeypatch.setattr(model, "generate", None)
+    assert sample(model, tokenizer, prompts, out=out) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"tag": "other"}, "tag"),
+        ({"top_p": 0.5}, "top_p"),
+    ],
+)
+def test_a_file_of_other_settings_is_refused(changes, named, model, tokenizer, prompts, tmp_path):
+    out = tmp_path / "g.jsonl"
+    sample(model, tokenizer, prompts[:3], out=out)
+    before = out.read_bytes()
+    with pytest.raises(spd.InputError, match=f"another {named}"):
+        sample(model, tokenizer, prompts[:3], out=out, **changes)
+    assert out.read_bytes() == before
+
+
+def test_a_file_that_is_not_ours_is_refused(model, tokenizer, prompts, tmp_path):
+    out = tmp_path / "notes.jsonl"
+    out.write_text("my notes\n")
+    with pytest.raises(spd.InputError, match="not written by generate"):
+        sample(model, tokenizer, prompts[:3], out=out)
+    assert out.read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize("line", ["nonsense", '{"index": 0}', json.dumps([1])])
+def test_a_broken_line_is_named(line, model, tokenizer, prompts, tmp_path):
+    out = tmp_path / "g.jsonl"
+    sample(model, tokenizer, prompts[:3], out=out)
+    out.write_text(out.read_text() + line + "\n")
+    with pytest.raises(spd.InputError, match="line 4"):
+        sample(model, tokenizer, prompts[:3], out=out)
+
+
+def test_awkward_text_survives_the_file(model, tokenizer, tmp_path):
+    prompts = ["a\x00b", "line\u2028separator", "\u202eright to left", "tab\tand\r\nreturn", "\U0001f600"]
+    found = sample(model, tokenizer, prompts, out=tmp_path / "g.jsonl")
+    assert read_generations(tmp_path / "g.jsonl") == found
+
+
+def test_prompts_the_model_has_no_room_for_are_named(model, tokenizer, prompts):
+    with pytest.raises(spd.InputError, match=r"1 of 2 leave no room .* 512 positions: \[1\]"):
+        sample(model, tokenizer, [prompts[0], "z" * 510])
+    with pytest.raises(spd.InputError, match=r"no token at all: \[1\]"):
+        sample(model, tokenizer, [prompts[0], ""])
+    with pytest.raises(spd.InputError, match="int at index 0"):
+        sample(model, tokenizer, [5])
+
+
+def test_no_prompts_no_completions(model, tokenizer):
+    assert sample(model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message, model, tokenizer, prompts):
+    with pytest.raises(spd.InputError, match=message):
+        sample(model, tokenizer, prompts, **changes)

@@ -1,0 +1,192 @@
+"""The whole method in one folder: what it leaves, how it resumes, what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+import spd
+from spd.config import parse_config
+from spd.report import write_report
+from spd.run import ARMS, run
+
+
+def config_for(checkpoint, made_records, **changes):
+    return parse_config(
+        {
+            "model": str(checkpoint),
+            "data": str(made_records),
+            "tasks": ["gsm8k"],
+            "evaluate": ["gsm8k", "svamp"],
+            "calibration": {"examples": 12},
+            "generation": {"max_new_tokens": 12, "batch_size": 4},
+            "training": {"epochs": 2, "learning_rate": 1e-3},
+            "evaluation": {"max_new_tokens": 8},
+        }
+        | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, made_records, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    stages = []
+    scores = run(config_for(checkpoint, made_records), folder, progress=False, say=stages.append)
+    return folder, scores, stages
+
+
+def test_four_arms_on_every_test(finished):
+    _, scores, _ = finished
+    assert [(score.arm, score.evaluation.task, score.evaluation.n) for score in scores] == [
+        (arm, task, 6) for arm in ARMS for task in ("gsm8k", "svamp")
+    ]
+
+
+def test_the_folder_holds_what_it_should(finished):
+    folder, scores, _ = finished
+    expected = [
+        *("config.json", "environment.json", "metrics.json", "timings.json", "report.html"),
+        *("base/evaluations/gsm8k.jsonl", "base/evaluations/svamp.scored.jsonl"),
+        *("gsm8k/subspace/subspace.safetensors", "gsm8k/subspace/subspace.json"),
+        *("gsm8k/generations/plain.jsonl", "gsm8k/generations/projected.jsonl"),
+        *("gsm8k/adapters/plain/adapter_model.safetensors", "gsm8k/adapters/projected/training.json"),
+        *("gsm8k/evaluations/projected/gsm8k.jsonl", "gsm8k/evaluations/self-training/svamp.jsonl"),
+        "gsm8k/evaluations/spd/gsm8k.scored.jsonl",
+    ]
+    assert [name for name in expected if not (folder / name).is_file()] == []
+    assert not list(folder.rglob("*.tmp"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == [score.to_dict() for score in scores]
+    assert {"torch", "transformers", "peft"} <= set(json.loads((folder / "environment.json").read_text())["versions"])
+
+
+def test_projected_generations_differ_from_plain_ones(finished):
+    folder, _, _ = finished
+    plain, projected = (
+        spd.generation.read_generations(folder / "gsm8k" / "generations" / f"{name}.jsonl")
+        for name in ("plain", "projected")
+    )
+    assert len(plain) == len(projected) == 24
+    assert [g.prompt for g in plain] == [g.prompt for g in projected]
+    assert [g.completion for g in plain] != [g.completion for g in projected]
+
+
+def test_the_report_is_self_contained(finished):
+    folder, scores, _ = finished
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"<(script|link|iframe|img)\b", page)
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//|file:)""", page)
+    assert page.count("<svg") == 3
+    for score in scores:
+        assert f"{100 * score.evaluation.accuracy:.1f}" in page
+    for wanted in ("n = 6", "Seconds by stage", "energy kept", "training.learning_rate", "Text before and after"):
+        assert wanted in page
+
+
+def test_the_report_escapes_what_models_and_records_say(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    path = folder / "gsm8k" / "evaluations" / "spd" / "gsm8k.scored.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["completion"] = "<script>alert(1)</script>"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(folder).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_finished_run_started_again_does_no_work(finished, checkpoint, made_records, monkeypatch):
+    folder, scores, _ = finished
+    before = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+    monkeypatch.setattr("spd.run.calibrate", None)
+    monkeypatch.setattr("spd.generation._generate_batch", None)
+    monkeypatch.setattr("spd.distillation._train", None)
+    again = run(config_for(checkpoint, made_records), folder, progress=False)
+    assert [score.to_dict() for score in again] == [score.to_dict() for score in scores]
+    assert {path: path.read_bytes() for path in folder.rglob("*.jsonl")} == before
+
+
+def test_a_folder_of_another_configuration_is_refused(finished, checkpoint, made_records):
+    changed = config_for(checkpoint, made_records, training={"epochs": 3, "learning_rate": 1e-3}, seed=7)
+    with pytest.raises(spd.InputError, match=r"another configuration \(different: seed, training.epochs"):
+        run(changed, finished[0], progress=False)
+
+
+def test_a_folder_that_is_no_run_is_refused(checkpoint, made_records, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(spd.InputError, match="not empty and holds no run"):
+        run(config_for(checkpoint, made_records), tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_runs_do_not_share_a_folder(checkpoint, made_records, tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(spd.InputError, match="in use by another run"):
+        run(config_for(checkpoint, made_records), tmp_path, progress=False)
+
+
+def test_several_capabilities_share_the_base_evaluation(checkpoint, made_records, tmp_path):
+    config = config_for(checkpoint, made_records, tasks=["gsm8k", "svamp"])
+    scores = run(config, tmp_path / "run", progress=False)
+    assert [(score.capability, score.arm) for score in scores[::2]] == [
+        (None, "base"),
+        *[(name, arm) for name in ("gsm8k", "svamp") for arm in ARMS[1:]],
+    ]
+
+
+def lines(path: Path) -> list[bytes]:
+    return sorted(path.read_bytes().splitlines()) if path.exists() else []
+
+
+def test_killed_in_generation_and_in_training_it_ends_as_if_undisturbed(checkpoint, made_records, tmp_path):
+    """SIGKILL, twice, to a run in a process of its own."""
+    training = "epochs = 15\nbatch_size = 2\nlearning_rate = 1e-3"  # 180 steps: one checkpoint to resume from
+    (tmp_path / "run.toml").write_text(
+        f'model = "{checkpoint}"\ndata = "{made_records}"\ntasks = ["gsm8k"]\n'
+        f"[calibration]\nexamples = 12\n[generation]\nmax_new_tokens = 40\nbatch_size = 1\n"
+        f"[training]\n{training}\n[evaluation]\nmax_new_tokens = 8\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "spd", "run", str(tmp_path / "run.toml"), "--out", str(tmp_path / name), "-q"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def kill_once(process: subprocess.Popen, reached) -> None:
+        deadline = time.monotonic() + 120
+        while not reached():
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+
+    disturbed = tmp_path / "disturbed" / "gsm8k"
+    plain, work = disturbed / "generations" / "plain.jsonl", disturbed / "adapters" / "plain.checkpoints"
+    kill_once(start("disturbed"), lambda: len(lines(plain)) >= 3)
+    assert 3 <= len(lines(plain)) < 24
+    kill_once(start("disturbed"), lambda: list(work.glob("checkpoint-*/complete")))
+    assert not (disturbed / "adapters" / "plain").exists()
+
+    for process in (start("undisturbed"), start("disturbed")):
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors.decode()
+    undisturbed = tmp_path / "undisturbed" / "gsm8k"
+    for name in ("plain", "projected"):
+        assert lines(disturbed / "generations" / f"{name}.jsonl") == lines(
+            undisturbed / "generations" / f"{name}.jsonl"
+        )
+        weights = [folder / "adapters" / name / "adapter_model.safetensors" for folder in (disturbed, undisturbed)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    metrics = [(tmp_path / name / "metrics.json").read_text() for name in ("disturbed", "undisturbed")]
+    assert metrics[0] == metrics[1]
+    assert not work.exists()
