@@ -81,8 +81,14 @@ def calibrate(
         raise InputError(
             f"examples: none of the {len(encoded)} has a token of its spans within max_length = {max_length}"
         )
-    if lost:
-        warnings.warn(f"calibrate: {len(lost)} of {len(encoded)} examples have no surviving span: {lost}", stacklevel=2)
+    cut, straddling = sum(example.cut for example in encoded), sum(example.straddling for example in kept)
+    for count, what in (
+        (len(lost), f"of {len(encoded)} examples have no surviving span: {lost}"),
+        (cut, f"spans reach beyond max_length = {max_length} tokens and were cut"),
+        (straddling, "tokens reach over the edge of their span and count as a whole"),
+    ):
+        if count:
+            warnings.warn(f"calibrate: {count} {what}", stacklevel=2)
 
     kept.sort(key=lambda example: (len(example.tokens), example.index))
     batches = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
@@ -106,8 +112,8 @@ def calibrate(
         "examples": len(kept),
         "examples_without_span": lost,
         "target_tokens": sum(len(example.targets) for example in kept),
-        "straddling_tokens": sum(example.straddling for example in kept),
-        "spans_cut": sum(example.cut for example in encoded),
+        "straddling_tokens": straddling,
+        "spans_cut": cut,
         "rows": totals[chosen[0].layer, "k"].count,
         "settings": {
             "layers": layers if isinstance(layers, str) else list(layers),

@@ -322,17 +322,17 @@ def _print_scores(scores: list[Score], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    tests = list(dict.fromkeys(score.evaluation.task for score in scores))
-    table = Table(title="Accuracy in %, 95 % interval", title_justify="left", header_style="bold")
-    table.add_column("trained for")
-    table.add_column("arm")
+    tests = {score.evaluation.task: score.evaluation.n for score in scores}
+    sizes = ", ".join(f"{test} n = {n}" for test, n in tests.items())
+    table = Table(title=f"Accuracy in % with its 95 % interval; {sizes}", title_justify="left", header_style="bold")
+    table.add_column("trained for", no_wrap=True)
+    table.add_column("arm", no_wrap=True)
     for test in tests:
-        n = next(score.evaluation.n for score in scores if score.evaluation.task == test)
-        table.add_column(f"{test} (n = {n})", justify="right", no_wrap=True)
+        table.add_column(test, justify="right", no_wrap=True)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for score in scores:
         low, high = score.evaluation.interval
-        cell = f"{100 * score.evaluation.accuracy:.1f}  [{100 * low:4.1f}, {100 * high:4.1f}]"
+        cell = f"{100 * score.evaluation.accuracy:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
         rows.setdefault((score.capability or "", score.arm), {})[score.evaluation.task] = cell
     previous = ""
     for (capability, arm), cells in rows.items():
