@@ -190,3 +190,20 @@ def test_killed_in_generation_and_in_training_it_ends_as_if_undisturbed(checkpoi
     metrics = [(tmp_path / name / "metrics.json").read_text() for name in ("disturbed", "undisturbed")]
     assert metrics[0] == metrics[1]
     assert not work.exists()
+
+
+def test_a_run_on_the_real_records(records, make_model, tokenizer, tmp_path):
+    make_model("qwen2", max_position_embeddings=4096).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = config_for(
+        tmp_path / "model",
+        records,
+        calibration={"examples": 8, "max_length": 2048},  # the fixture's tokens are little more than bytes
+        generation={"prompts": 12, "max_new_tokens": 16},
+        training={"epochs": 1},
+        evaluation={"questions": 4, "max_new_tokens": 16},
+    )
+    scores = run(config, tmp_path / "run", progress=False)
+    assert [(score.arm, score.evaluation.n) for score in scores] == [(arm, 4) for arm in ARMS for _ in range(2)]
+    provenance = json.loads((tmp_path / "run" / "gsm8k" / "subspace" / "subspace.json").read_text())["provenance"]
+    assert (provenance["examples"], provenance["examples_without_span"]) == (8, [])

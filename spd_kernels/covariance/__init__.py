@@ -1,0 +1,1 @@
+"""Mean and centred sum of squares of gradient rows, streamed."""

@@ -1,0 +1,102 @@
+"""Which implementation runs, and facts about the device, asked for only when a kernel needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from typing import Literal, cast, get_args
+
+import torch
+
+Implementation = Literal["auto", "triton", "reference"]
+ENVIRONMENT = "SPD_KERNELS_IMPLEMENTATION"
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_CHOICES = get_args(Implementation)
+# Few programs, so that the interpreter also walks the loops of kernels whose programs take several tiles.
+_INTERPRETED_PROCESSORS = 2
+
+
+def requested(implementation: str | None) -> Implementation:
+    """The argument, else the environment variable, else auto."""
+    source = "implementation"
+    if implementation is None:
+        implementation = os.environ.get(ENVIRONMENT, "auto")
+        source = f"environment variable {ENVIRONMENT}"
+    if implementation not in _CHOICES:
+        raise ValueError(f"{source}: expected one of {', '.join(_CHOICES)}; got {implementation!r}")
+    return cast(Implementation, implementation)
+
+
+def uses_triton(implementation: str | None, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernel serves this call; raises where it was asked for by name and cannot."""
+    choice = requested(implementation)
+    if choice == "reference":
+        return False
+    if choice == "auto":
+        return device.type == "cuda" and dtype in KERNEL_DTYPES
+    if dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            f"implementation='triton' takes float32, float16 or bfloat16; got {dtype} (the reference takes it)"
+        )
+    if device.type != "cuda" and not _interpreting():
+        raise ValueError(
+            f"implementation='triton' needs a GPU tensor; got one on {device} "
+            "(on the CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1 before the first kernel runs)"
+        )
+    return True
+
+
+def _interpreting() -> bool:
+    """Whether the kernels were, or will be, decorated for the interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("implementation='triton' needs the triton package, which is not installed")
+    from spd_kernels import tiles
+
+    return tiles.INTERPRETING
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of a device."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS
+    return _cuda_processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensors' device current: Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def float32_precision() -> str:
+    """What tl.dot does with fp32 operands: IEEE fp32 unless the user allowed TF32 in PyTorch."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def flatten_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """x (..., d) as rows: the tensor to address, the rows of the inner axis, outer and inner strides.
+
+    Every layout whose leading axes merge into at most two is addressed in place; any other is copied.
+    """
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    if len(axes) > 2:
+        return flatten_rows(x.contiguous())
+    if not axes:
+        return x, 1, 0, 0
+    if len(axes) == 1:
+        return x, axes[0][0], 0, axes[0][1]
+    return x, axes[1][0], axes[0][1], axes[1][1]

@@ -1,0 +1,1 @@
+"""An identity whose backward pass collects the gradient's rows."""
