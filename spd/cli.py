@@ -323,12 +323,11 @@ def _print_scores(scores: list[Score], folder: Path) -> None:
     from rich.table import Table
 
     tests = {score.evaluation.task: score.evaluation.n for score in scores}
-    sizes = ", ".join(f"{test} n = {n}" for test, n in tests.items())
-    table = Table(title=f"Accuracy in % with its 95 % interval; {sizes}", title_justify="left", header_style="bold")
+    table = Table(title="Accuracy in %, 95 % interval", title_justify="left", header_style="bold")
     table.add_column("trained for", no_wrap=True)
     table.add_column("arm", no_wrap=True)
-    for test in tests:
-        table.add_column(test, justify="right", no_wrap=True)
+    for test, n in tests.items():
+        table.add_column(f"{test}\nn = {n}", justify="right", no_wrap=True)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for score in scores:
         low, high = score.evaluation.interval
@@ -351,9 +350,9 @@ def _print_spectra(title: str, subspace: Subspace) -> None:
     from spd.spectrum import site_rows, sparkline
 
     table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("site", "d", "rank", "energy kept", "rank for 95 %"):
-        table.add_column(name, justify="left" if name == "site" else "right")
-    table.add_column("singular values, log scale", no_wrap=True)
+    for name in ("site", "d", "rank", "energy", "95 % at"):
+        table.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
+    table.add_column("singular values, log", no_wrap=True)
     for row in site_rows(subspace):
         table.add_row(
             row.site,
