@@ -22,10 +22,10 @@ from spd.errors import InputError
 from spd.example import Example
 from spd.files import sha256
 from spd.intervention import refuse_if_attached
-from spd.model_state import frozen, input_device
+from spd.model_state import frozen, input_device, position_limit
 from spd.progress import bar
 from spd.provenance import config_hash, model_name, versions
-from spd.sites import Site, choose_layers, find_sites
+from spd.sites import Site, choose_layers, depth, find_sites
 from spd.spans import EncodedExample, encode_examples
 from spd.subspace import Basis, Subspace, check_rank, choose_rank
 from spd_kernels import GradientCovariance, tap
@@ -71,39 +71,42 @@ def calibrate(
     _check_settings(rank, loss, batch_size, max_length)
     refuse_if_attached(model, "calibrate")
     sites = find_sites(model)
-    chosen = [sites[layer] for layer in choose_layers(sites, layers)]
+    chosen = [sites[layer] for layer in choose_layers(sites, layers, depth(model))]
     if not examples:
         raise InputError("examples: expected at least one calibration example, got none")
+    max_length = min(max_length, position_limit(model) or max_length)
     encoded = encode_examples(tokenizer, examples, max_length=max_length, full=loss == "full")
+    what = "token to predict" if loss == "full" else "span"
     kept = [example for example in encoded if example.targets]
     lost = [example.index for example in encoded if not example.targets]
     if not kept:
         raise InputError(
-            f"examples: none of the {len(encoded)} has a token of its spans within max_length = {max_length}"
+            f"examples: none of the {len(encoded)} has a surviving {what} within max_length = {max_length}"
         )
     cut, straddling = sum(example.cut for example in encoded), sum(example.straddling for example in kept)
-    for count, what in (
-        (len(lost), f"of {len(encoded)} examples have no surviving span: {lost}"),
+    for count, message in (
+        (len(lost), f"of {len(encoded)} examples have no surviving {what}: {lost}"),
         (cut, f"spans reach beyond max_length = {max_length} tokens and were cut"),
         (straddling, "tokens reach over the edge of their span and count as a whole"),
     ):
         if count:
-            warnings.warn(f"calibrate: {count} {what}", stacklevel=2)
+            warnings.warn(f"calibrate: {count} {message}", stacklevel=2)
 
     kept.sort(key=lambda example: (len(example.tokens), example.index))
     batches = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
-    totals = {
-        (site.layer, side): GradientCovariance(site.width, site.k.weight.device) for site in chosen for side in "kv"
-    }
-    scale = INITIAL_FP16_SCALE if _dtype(chosen) == torch.float16 else 1.0
-    with frozen(model), bar(total=len(kept), label="calibrate", unit="examples", show=progress) as shown:
+    totals: dict[tuple[int, str], GradientCovariance] = {}
+    scale = INITIAL_FP16_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
+    shown = bar(total=len(kept), label="calibrate", unit="examples", show=progress)
+    with frozen(model), torch.inference_mode(False), torch.enable_grad(), shown:
         for batch in batches:
             scale = _add_batch(model, chosen, batch, totals, scale)
             shown.update(len(batch))
 
     bases: dict[str, dict[int, Basis]] = {"k": {}, "v": {}}
-    for (layer, side), total in totals.items():
-        bases[side][layer] = _basis(f"{side.upper()} of layer {layer}", total, rank, center)
+    for site in chosen:
+        for side in "kv":
+            name = f"{side.upper()} of layer {site.layer}"
+            bases[side][site.layer] = _basis(name, totals.get((site.layer, side)), rank, center)
     provenance = {
         "model": model_name(model),
         "model_class": type(model).__name__,
@@ -140,13 +143,16 @@ def _add_batch(
     gradients overflow instead, the batch is taken again at a smaller scale; nothing of the failed pass is kept.
     """
     while True:
-        rows = {(s.layer, side): _BatchRows(s, scale) for s in sites for side in "kv"}
+        rows = {(site.layer, side): _BatchRows(scale) for site in sites for side in "kv"}
         with _tapped(sites, rows) as mask:
             (_loss(model, batch, mask) * scale).backward()
         broken = [(layer, side, row) for (layer, side), r in rows.items() for row in r.broken_examples()]
         if not broken:
-            for key, total in totals.items():
-                total.merge(rows[key].covariance)
+            for key, fresh in rows.items():
+                if fresh.covariance is not None and key in totals:
+                    totals[key].merge(fresh.covariance)
+                elif fresh.covariance is not None:
+                    totals[key] = fresh.covariance
             return scale
         if scale <= 1.0:
             layer, side, row = broken[0]
@@ -160,14 +166,15 @@ def _add_batch(
 class _BatchRows:
     """The accumulator behind one tap for one batch: unscales, adds up, and remembers which examples broke."""
 
-    def __init__(self, site: Site, scale: float) -> None:
-        self.covariance = GradientCovariance(site.width, site.k.weight.device)
+    def __init__(self, scale: float) -> None:
+        self.covariance: GradientCovariance | None = None
         self.scale = scale
         self.finite: Tensor | None = None
 
     def update(self, g: Tensor, mask: Tensor | None = None) -> None:
         assert mask is not None
         mask = mask.to(g.device)
+        self.covariance = GradientCovariance(g.shape[-1], g.device)
         self.finite = (g.isfinite().all(dim=-1) | ~mask).all(dim=-1)  # (B,)
         self.covariance.update(g if self.scale == 1.0 else g.float() / self.scale, mask)
 
@@ -228,16 +235,20 @@ def _loss(model: nn.Module, batch: list[EncodedExample], mask: _Mask) -> Tensor:
 
     arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": real.long(), "use_cache": False}
     positions, column = torch.unique(targets - 1, return_inverse=True)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    one_device = len(set(getattr(model, "hf_device_map", {}).values())) < 2
+    if one_device and "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = positions  # the vocabulary is only multiplied out where S needs it
     else:
         column = targets - 1
-    logits = model(**arguments).logits[rows, column].float()  # (|S|, vocabulary)
+    logits = model(**arguments).logits
+    logits = logits[rows.to(logits.device), column.to(logits.device)].float()  # (|S|, vocabulary)
     losses = cross_entropy(logits, tokens[rows, targets].to(logits.device), reduction="none")
     return (losses * weights.to(losses.device)).sum()
 
 
-def _basis(name: str, total: GradientCovariance, rank: str | int, center: bool) -> Basis:
+def _basis(name: str, total: GradientCovariance | None, rank: str | int, center: bool) -> Basis:
+    if total is None:
+        raise InputError(f"model: no gradient reaches {name}; its layer is not part of the forward pass")
     if center:
         singular_values, vectors = total.eigh()
     else:
@@ -255,10 +266,6 @@ def _basis(name: str, total: GradientCovariance, rank: str | int, center: bool) 
             stacklevel=3,
         )
     return Basis(vectors[:, :r].float().contiguous().cpu(), singular_values.double().contiguous().cpu())
-
-
-def _dtype(sites: list[Site]) -> torch.dtype:
-    return sites[0].k.weight.dtype
 
 
 def _check_settings(rank: object, loss: object, batch_size: object, max_length: object) -> None:

@@ -73,7 +73,7 @@ class RunConfig(_Section):
         tasks: capabilities to improve, each calibrated and trained for itself.
         evaluate: tasks to test every arm on (default: `tasks`).
         data: folder of local records, NAME/SPLIT.jsonl; without it data sets come from the hub.
-        dtype: of the weights; "auto" takes the checkpoint's.
+        dtype: of the weights; "auto" takes the checkpoint's on a GPU and float32 on the CPU.
         device: "auto" takes a GPU where there is one.
         seed: of sampling and training.
     """
@@ -156,7 +156,9 @@ def _explain(error: Any) -> str:
         return _unknown(key, list(section.model_fields), "".join(f"{part}." for part in sections))
     if error["type"] == "missing":
         return f"the key {name!r} is required"
-    return f"{name}: {message}, got {error['input']!r}" if name else message
+    if error["type"] == "value_error":  # our own words, which say what came
+        return f"{name}: {message}" if name else message
+    return f"{name}: {message}, got {error['input']!r}"
 
 
 def _unknown(key: str, known: list[str], prefix: str) -> str:

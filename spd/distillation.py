@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -20,17 +22,19 @@ from spd.errors import InputError
 from spd.files import atomic_folder, read_json, sha256, sha256_of_file, write_json
 from spd.generation import Generation
 from spd.intervention import refuse_if_attached
-from spd.model_state import preserved
+from spd.model_state import position_limit, preserved
 from spd.progress import bar
-from spd.provenance import config_hash, model_name, versions
+from spd.provenance import config_hash, model_name, versions, weights_fingerprint
 from spd.sites import find_sites
 
 MANIFEST = "training.json"
 WEIGHTS = "adapter_model.safetensors"
 CHECKPOINT_STEPS = 100
+KEY = "key.json"
 _COMPLETE = "complete"
+_IGNORED = -100  # the label that transformers' loss leaves out
 _ATTENTION_LINEARS = (
-    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"),
     *("qkv_proj", "c_attn", "c_proj", "query_key_value", "dense"),  # the fused families' names for them
 )
 
@@ -66,6 +70,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         positive = ("lora_rank", "lora_alpha", "learning_rate", "epochs", "batch_size", "max_length", "max_grad_norm")
+        for name in ("lora_rank", "batch_size", "max_length", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise InputError(f"{name}: expected an integer, got {getattr(self, name)!r}")
+        if not isinstance(self.prompt_loss, bool):
+            raise InputError(f"prompt_loss: expected true or false, got {self.prompt_loss!r}")
         for name in (*positive, "lora_dropout", "weight_decay", "warmup_epochs", "seed"):
             value, least = getattr(self, name), "above 0" if name in positive else "of at least 0"
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -119,28 +128,38 @@ def distill(
     refuse_if_attached(model, "distill")
     if hasattr(model, "peft_config"):
         raise InputError("model: it carries a peft adapter already; train on the original model")
+    recipe = replace(recipe, max_length=min(recipe.max_length, position_limit(model) or recipe.max_length))
     examples = [_encode(tokenizer, generation, recipe) for generation in generations]
-    examples = [example for example in examples if len(example["input_ids"]) > 1]
+    examples = [example for example in examples if any(label != _IGNORED for label in example["labels"][1:])]
     if not examples:
-        raise InputError("generations: expected at least one with two tokens or more, got none")
+        raise InputError("generations: expected at least one with a token to train on, got none")
 
     out = Path(out)
     key = {
         "model": model_name(model),
         "config_sha256": config_hash(model),
+        "weights": weights_fingerprint(model),
         "recipe": asdict(recipe),
-        "data_sha256": sha256(json.dumps([[g.prompt, g.completion, g.finished] for g in generations])),
+        "data_sha256": sha256(json.dumps([[g.prompt, g.completion, g.tokens, g.finished] for g in generations])),
     }
-    if (out / MANIFEST).is_file():
-        _check_finished(out, key)
-        return out
     work = out.with_name(out.name + ".checkpoints")
-    if (work / "key.json").is_file() and read_json(work / "key.json") != key:
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "key.json", key)
+    if (out / MANIFEST).is_file():
+        _check_key(out, read_json(out / MANIFEST), key)
+        _check_weights(out, read_json(out / MANIFEST))
+        if (work / KEY).is_file():
+            shutil.rmtree(work)
+        return out
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if out.exists():
+        raise InputError(f"{out}: exists and holds no finished adapter; choose another folder or delete it")
+    if (work / KEY).is_file():
+        _check_key(work, read_json(work / KEY), key)
+    elif work.is_dir() and any(path.suffix != ".tmp" for path in work.iterdir()):
+        raise InputError(f"{work}: checkpoints would go there, but it holds something else")
+    write_json(work / KEY, key)
 
-    with preserved(model), torch.random.fork_rng(devices=[]):
+    with preserved(model), _own_random_numbers(), _own_cache_setting(model):
         trained = _train(model, examples, recipe, work, label, progress)
         try:
             with atomic_folder(out) as temporary:
@@ -173,6 +192,8 @@ def adapted(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
     from peft import PeftModel
 
     refuse_if_attached(model, "adapted")
+    if hasattr(model, "peft_config"):
+        raise InputError("model: it carries a peft adapter already; use the original model")
     adapter = Path(adapter)
     if not (adapter / MANIFEST).is_file():
         raise InputError(f"{adapter}: no adapter there ({MANIFEST} is missing)")
@@ -202,6 +223,7 @@ def _train(
     from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
     torch.manual_seed(recipe.seed)
+    device = next(model.parameters()).device
     lora = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
@@ -222,7 +244,7 @@ def _train(
         warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        use_cpu=device.type == "cpu",
         save_strategy="steps",
         save_steps=CHECKPOINT_STEPS,
         save_total_limit=2,
@@ -231,7 +253,10 @@ def _train(
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        fp16=device.type == "cuda" and any(p.dtype == torch.float16 for p in model.parameters()),  # scales the loss
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # the model is on one device, and the published batch is the whole batch
     checkpoint = _last_complete_checkpoint(work)
     try:
         trainer = Trainer(model=tuned, args=arguments, train_dataset=examples, data_collator=_collate)
@@ -253,12 +278,17 @@ def _train(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, generation: Generation, recipe: Recipe) -> dict[str, Any]:
-    tokens = list(tokenizer(generation.prompt + generation.completion)["input_ids"])
-    prompt_length = 0 if recipe.prompt_loss else len(tokenizer(generation.prompt)["input_ids"])
-    if generation.finished and tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
-        tokens.append(tokenizer.eos_token_id)
-    tokens = tokens[: recipe.max_length]
-    return {"input_ids": tokens, "labels": [-100] * prompt_length + tokens[prompt_length:]}
+    """Token ids and labels: the very tokens that were sampled, or, where there are none, those of the text."""
+    prompt = list(tokenizer(generation.prompt)["input_ids"])
+    if generation.tokens:
+        tokens = prompt + list(generation.tokens)
+    else:
+        tokens = list(tokenizer(generation.prompt + generation.completion)["input_ids"])
+        if generation.finished and tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
+            tokens.append(tokenizer.eos_token_id)
+    ignored = 0 if recipe.prompt_loss else len(prompt)
+    labels = [_IGNORED] * min(ignored, len(tokens)) + tokens[ignored:]
+    return {"input_ids": tokens[: recipe.max_length], "labels": labels[: recipe.max_length]}
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -268,7 +298,9 @@ def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": pad(tokens, batch_first=True),
         "attention_mask": pad([torch.ones_like(row) for row in tokens], batch_first=True),
-        "labels": pad([torch.tensor(example["labels"]) for example in examples], batch_first=True, padding_value=-100),
+        "labels": pad(
+            [torch.tensor(example["labels"]) for example in examples], batch_first=True, padding_value=_IGNORED
+        ),
     }
 
 
@@ -285,7 +317,7 @@ def _attention_linears(model: nn.Module) -> list[str]:
 
 def _last_complete_checkpoint(work: Path) -> str | None:
     """The newest checkpoint whose writing was finished; torn ones are removed."""
-    checkpoints = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    checkpoints = sorted(work.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in list(checkpoints):
         if not (path / _COMPLETE).is_file():
             shutil.rmtree(path)
@@ -323,18 +355,39 @@ def _progress_callback(label: str, show: bool) -> Any:
     return Progress()
 
 
-def _check_finished(out: Path, key: dict[str, Any]) -> None:
-    manifest = read_json(out / MANIFEST)
-    changed = sorted(name for name in key if manifest.get(name) != key[name])
+def _check_key(folder: Path, found: dict[str, Any], key: dict[str, Any]) -> None:
+    changed = sorted(name for name in key if found.get(name) != key[name])
     if changed:
-        raise InputError(f"{out}: was trained with another {', '.join(changed)}; choose another folder or delete it")
-    _check_weights(out, manifest)
+        raise InputError(f"{folder}: is of a training with another {', '.join(changed)}; choose another or delete it")
 
 
 def _check_weights(adapter: Path, manifest: dict[str, Any]) -> None:
     weights = adapter / WEIGHTS
     if not weights.is_file() or sha256_of_file(weights) != manifest.get("weights_sha256"):
         raise InputError(f"{weights}: missing, truncated or altered")
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Trainer seeds every global generator; the caller's go on where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _own_cache_setting(model: nn.Module) -> Iterator[None]:
+    """Trainer turns the model's key-value cache off."""
+    config: Any = model.config
+    use_cache = config.use_cache
+    try:
+        yield
+    finally:
+        config.use_cache = use_cache
 
 
 def _forget_adapter(model: nn.Module) -> None:

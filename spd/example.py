@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 from spd.errors import InputError
@@ -30,10 +31,8 @@ class Example:
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"Example.{name}: expected a string, got {type(getattr(self, name)).__name__}")
         length = len(self.prompt) + len(self.completion)
-        for span in self.spans:
-            if len(span) != 2 or not all(isinstance(edge, int) for edge in span):
-                raise InputError(f"Example.spans: expected pairs (start, end) of integers, got {span!r}")
-            start, end = span
+        object.__setattr__(self, "spans", _pairs(self.spans))
+        for start, end in self.spans:
             if not 0 <= start < end <= length:
                 raise InputError(
                     f"Example.spans: ({start}, {end}) is not a non-empty interval inside the text, "
@@ -43,3 +42,10 @@ class Example:
     @property
     def text(self) -> str:
         return self.prompt + self.completion
+
+
+def _pairs(spans: object) -> list[tuple[int, int]]:
+    try:
+        return [(operator.index(start), operator.index(end)) for start, end in spans]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise InputError(f"Example.spans: expected a list of pairs (start, end) of integers, got {spans!r}") from None

@@ -23,9 +23,9 @@ from transformers import (
 
 from spd.errors import InputError
 from spd.files import read_json, read_jsonl, sha256, write_json
-from spd.model_state import input_device, preserved
+from spd.model_state import input_device, position_limit, preserved
 from spd.progress import bar
-from spd.provenance import config_hash, model_name
+from spd.provenance import config_hash, model_name, weights_fingerprint
 
 SETTINGS = ".settings.json"
 
@@ -38,14 +38,15 @@ class Generation:
         index: the prompt's position in what was passed.
         prompt: the prompt.
         completion: the text after it, without the end-of-sequence token.
-        tokens: how many tokens were sampled, the end-of-sequence token included.
+        tokens: the sampled token ids, the end-of-sequence token included; training takes these, since text does not
+            always lead back to the tokens it came from. Empty for text from elsewhere, which is then tokenised.
         finished: whether the model ended by itself, rather than at the length limit.
     """
 
     index: int
     prompt: str
     completion: str
-    tokens: int
+    tokens: list[int]
     finished: bool
 
 
@@ -67,9 +68,9 @@ def generate(
     """Sample one completion per prompt. Nothing is filtered.
 
     Each prompt has its own random numbers, drawn from (seed, index), so a completion does not depend on its
-    neighbours or on when the run was interrupted (beyond the rounding of the logits; a resumed run forms the very
-    same batches, so it ends with the very same completions). Sampling settings that the checkpoint carries
-    (repetition penalty, top-k) are not used.
+    neighbours or on when the run was interrupted, beyond the rounding of the logits; with the same batch size, a
+    resumed run forms the very same batches and ends with the very same completions. Sampling settings that the
+    checkpoint carries (repetition penalty, top-k) are not used.
 
     Args:
         model: a causal language model of transformers; attach an intervention first to generate under it.
@@ -101,12 +102,12 @@ def generate(
     settings = {
         "model": model_name(model),
         "config_sha256": config_hash(model),
+        "weights": weights_fingerprint(model),
         "prompts": len(prompts),
         "prompts_sha256": sha256(json.dumps(prompts)),
         "temperature": temperature,
         "top_p": top_p,
         "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
         "seed": seed,
         "tag": tag,
     }
@@ -142,7 +143,9 @@ def read_generations(path: str | Path) -> list[Generation]:
     except TypeError as error:
         raise InputError(f"{path}: not written by generate ({error})") from None
     settings = path.with_suffix(SETTINGS)
-    count = read_json(settings)["prompts"] if settings.is_file() else len(generations)
+    count = read_json(settings).get("prompts") if settings.is_file() else len(generations)
+    if not isinstance(count, int):
+        raise InputError(f"{settings}: not written by generate (it does not say how many prompts there are)")
     if [generation.index for generation in generations] != list(range(count)):
         raise InputError(f"{path}: incomplete, some prompts have no completion yet; run spd generate again")
     return generations
@@ -256,18 +259,32 @@ def _generate_batch(
             Generation(
                 index=index,
                 prompt=prompts[index],
-                completion=str(tokenizer.decode(sampled[:end], skip_special_tokens=True)),
-                tokens=len(sampled) if end is None else end + 1,
+                completion=_continuation(tokenizer, encoded[index], sampled[:end]),
+                tokens=sampled if end is None else sampled[: end + 1],
                 finished=end is not None,
             )
         )
     return generations
 
 
+def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], sampled: list[int]) -> str:
+    """The text that the sampled tokens add: decoded behind the prompt, because alone they may lose a leading space."""
+    before = str(tokenizer.decode(prompt, skip_special_tokens=True))
+    whole = str(tokenizer.decode(prompt + sampled, skip_special_tokens=True))
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return str(tokenizer.decode(sampled, skip_special_tokens=True))
+
+
 @contextmanager
 def _plain_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Only the special tokens of the model's own generation settings inside the block."""
+    """Only the special tokens of the model's own generation settings inside the block.
+
+    A peft model copies its settings to the model inside, which gets its own back as well.
+    """
     own: GenerationConfig = model.generation_config  # type: ignore[assignment]
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner_own = inner.generation_config
     ends = _end_tokens(own) or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
     candidates = (tokenizer.pad_token_id, own.pad_token_id, ends[0] if ends else None, 0)
     model.generation_config = GenerationConfig(  # type: ignore[assignment]
@@ -279,6 +296,7 @@ def _plain_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerBas
         yield
     finally:
         model.generation_config = own  # type: ignore[assignment]
+        inner.generation_config = inner_own
 
 
 def _end_tokens(config: GenerationConfig) -> list[int]:
@@ -296,8 +314,8 @@ def _encode(
     empty = [index for index, tokens in enumerate(encoded) if not tokens]
     if empty:
         raise InputError(f"prompts: {len(empty)} have no token at all: {empty[:10]}")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int):
+    limit = position_limit(model)
+    if limit is not None:
         long = [index for index, tokens in enumerate(encoded) if len(tokens) + max_new_tokens > limit]
         if long:
             raise InputError(

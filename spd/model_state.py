@@ -10,10 +10,17 @@ from torch import nn
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device of the input embeddings, which may not be that of the last layer."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    assert isinstance(device, torch.device)
-    return device
+    """Where token ids go: to the input embeddings, which may be on another device than the last layer, or offloaded."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    offload = getattr(embeddings, "_hf_hook", None)
+    return torch.device(getattr(offload, "execution_device", None) or embeddings.weight.device)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """How many positions the text decoder has, if its configuration says."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 @contextmanager

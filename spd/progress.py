@@ -8,6 +8,6 @@ from tqdm import tqdm
 
 
 def bar(*, total: int, label: str, unit: str, show: bool, done: int = 0) -> tqdm[NoReturn]:
-    return tqdm(
-        total=total, initial=done, desc=label, unit=f" {unit}", disable=None if show else True, dynamic_ncols=True, leave=False
-    )
+    unit = f" {unit}"
+    hidden = None if show else True  # None: hidden where there is no terminal
+    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=hidden, dynamic_ncols=True, leave=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from importlib import metadata
@@ -14,8 +15,10 @@ from spd.files import sha256
 _NOT_ARCHITECTURE = {
     "_name_or_path",
     "_attn_implementation",
+    "architectures",
     "attn_implementation",
     "dtype",
+    "quantization_config",
     "torch_dtype",
     "transformers_version",
     "use_cache",
@@ -28,14 +31,31 @@ def model_name(model: nn.Module) -> str:
 
 
 def config_hash(model: nn.Module) -> str:
-    """Hash of the configuration, without the keys that say how a checkpoint is loaded rather than what it is."""
-    config = model.config.to_dict()  # type: ignore[union-attr, operator]
+    """Hash of the configuration, without the keys that say how a checkpoint is loaded rather than what it is.
+
+    Keys at their default are left out as well, so that a default added by another version of transformers is no change.
+    """
+    config = model.config.to_diff_dict()  # type: ignore[union-attr, operator]
     return sha256(json.dumps(_architecture(config), sort_keys=True, default=str))
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash of every parameter's name, type, shape and first elements: cheap, and other weights have another one."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            digest.update(parameter.detach().flatten()[:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _architecture(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _architecture(v) for k, v in value.items() if k not in _NOT_ARCHITECTURE}
+        return {
+            str(key): _architecture(item)
+            for key, item in value.items()
+            if key not in _NOT_ARCHITECTURE and not str(key).endswith("_token_id")
+        }
     if isinstance(value, (list, tuple)):
         return [_architecture(item) for item in value]
     return value

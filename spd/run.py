@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,7 +36,7 @@ from spd.generation import Generation, generate
 from spd.intervention import Attachment, attach
 from spd.models import load_model
 from spd.provenance import versions
-from spd.subspace import MANIFEST, TENSORS, Subspace
+from spd.subspace import MANIFEST, Subspace
 from spd.tasks import Task, load_task
 
 ARMS = ("base", "projected", "self-training", "spd")
@@ -45,6 +46,10 @@ ARM_MEANING = {
     "self-training": "fine-tuned on its own plain completions",
     "spd": "fine-tuned on its own completions under projection",
 }
+
+
+_WITHOUT_EFFECT = {"device", "calibration.batch_size", "generation.batch_size", "evaluation.batch_size"}
+"""What a resumed run may change: results depend on these by rounding only."""
 
 
 @dataclass(frozen=True)
@@ -192,19 +197,24 @@ class _Run:
         return attach(self.model, subspace, **self.config.intervention.model_dump())
 
     def subspace_tag(self, capability: Task) -> str:
-        tensors = sha256_of_file(self.folder / capability.name / "subspace" / TENSORS)
-        return f"subspace {tensors}, {self.config.intervention.model_dump_json()}"
+        manifest = sha256_of_file(self.folder / capability.name / "subspace" / MANIFEST)
+        return f"subspace {manifest}, {self.config.intervention.model_dump_json()}"
 
     @contextmanager
     def stage(self, kind: str, what: str) -> Iterator[None]:
-        """Say what begins, and add its seconds to `timings.json` (over all the sittings of a resumed run)."""
+        """Say what begins, and add its seconds to `timings.json`, whose sums run over the sittings of a resumed run.
+
+        What a sitting that is killed had spent in its last stage is not in them.
+        """
         self.say(f"{kind}: {what}")
         start = time.perf_counter()
-        yield
-        path = self.folder / "timings.json"
-        timings = read_json(path) if path.exists() else {}
-        timings[kind] = timings.get(kind, 0.0) + time.perf_counter() - start
-        write_json(path, timings)
+        try:
+            yield
+        finally:
+            path = self.folder / "timings.json"
+            timings = read_json(path) if path.exists() else {}
+            timings[kind] = timings.get(kind, 0.0) + time.perf_counter() - start
+            write_json(path, timings)
 
 
 @contextmanager
@@ -213,11 +223,13 @@ def _owned(folder: Path, config: RunConfig) -> Iterator[None]:
     stored = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run folder: {folder} is not a folder")
-    if folder.is_dir() and not stored.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+    if folder.is_dir() and not stored.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"run folder: {folder} is not empty and holds no run")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
+            for leftover in folder.rglob(".*.tmp"):  # of a sitting that was killed while it wrote
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if stored.exists():
                 changed = _differences(read_json(stored), config.as_dict())
                 if changed:
@@ -237,7 +249,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             changed += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
+        elif before != after and prefix + key not in _WITHOUT_EFFECT:
             changed.append(prefix + key)
     return changed
 

@@ -114,14 +114,18 @@ def find_sites(model: nn.Module) -> dict[int, Site]:
     return dict(sorted(sites.items()))
 
 
-def choose_layers(sites: dict[int, Site], layers: Literal["paper", "all"] | str | Sequence[int]) -> list[int]:
-    """Resolve "paper" (n // 2 and n - 1, with n = last layer + 1), "all", or a list; errors name what is there."""
+def depth(model: nn.Module) -> int:
+    """n, the number of layers of the text decoder."""
+    return int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
+
+
+def choose_layers(sites: dict[int, Site], layers: Literal["paper", "all"] | str | Sequence[int], n: int) -> list[int]:
+    """Resolve "paper" (n // 2 and n - 1), "all" that can be reached, or a list; errors name what is there."""
     if isinstance(layers, str):
         if layers == "all":
             return list(sites)
         if layers != "paper":
             raise InputError(f'layers: expected "paper", "all" or a list of layer indices, got {layers!r}')
-        n = max(sites) + 1
         layers = sorted({n // 2, n - 1})
     chosen = list(layers)
     if not chosen:
@@ -168,7 +172,7 @@ def _phi3(path: str, module: Any, layer: int) -> Site:
 
 def _gpt2(path: str, module: Any, layer: int) -> Site:
     """The last axis is [q | k | v]; the module is a Conv1D, its weight (inputs, features)."""
-    return _contiguous(f"{path}.c_attn", module.c_attn, layer, module.embed_dim, total=module.c_attn.nf)
+    return _contiguous(f"{path}.c_attn", module.c_attn, layer, module.embed_dim, total=3 * module.embed_dim)
 
 
 def _gpt_neox(path: str, module: Any, layer: int) -> Site:

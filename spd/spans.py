@@ -50,7 +50,9 @@ def encode_examples(
             encoded.append(EncodedExample(index, tokens, list(range(1, len(tokens))), straddling=0, cut=0))
             continue
         text = example.text
-        end_of_text = max((end for _, end in offsets), default=0)
+        kept = [offset for offset in offsets if offset[0] < offset[1]]
+        start_of_text = min((start for start, _ in kept), default=0)  # not 0 where the tokenizer cuts on the left
+        end_of_text = max((end for _, end in kept), default=0)
         targets, straddling = [], 0
         for position, (start, end) in enumerate(offsets):
             overlaps = [(s, e) for s, e in example.spans if start < e and s < end]
@@ -59,6 +61,9 @@ def encode_examples(
             targets.append(position)
             outside = [c for c in range(start, end) if not any(s <= c < e for s, e in overlaps)]
             straddling += any(not text[c].isspace() for c in outside)
-        cut = sum(bool(text[max(s, end_of_text) : e].strip()) for s, e in example.spans)
+        cut = sum(
+            bool(text[s : min(e, start_of_text)].strip() or text[max(s, end_of_text) : e].strip())
+            for s, e in example.spans
+        )
         encoded.append(EncodedExample(index, tokens, targets, straddling, cut))
     return encoded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from spd.errors import InputError
-from spd.files import atomic_file, read_json, sha256_of_file
+from spd.files import atomic_file, read_json, sha256, sha256_of_file, write_json
 from spd.provenance import config_hash, model_name
 
 FORMAT = 1
-TENSORS = "subspace.safetensors"
 MANIFEST = "subspace.json"
 
 
@@ -75,24 +73,28 @@ class Subspace:
         return self.k if side == "k" else self.v
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `subspace.safetensors` and `subspace.json`; an earlier pair there survives any failure to write."""
-        from safetensors.torch import save_file
+        """Write `subspace-HASH.safetensors` and then `subspace.json`, which names it.
+
+        An earlier subspace in the folder holds until the manifest is in place, whatever happens before.
+        """
+        from safetensors.torch import save
 
         folder = Path(folder)
         tensors = {}
         for side in ("k", "v"):
             for layer, basis in self.side(side).items():
-                tensors[f"{side}.{layer}.basis"] = basis.basis.contiguous()
-                tensors[f"{side}.{layer}.singular_values"] = basis.singular_values.contiguous()
-        with atomic_file(folder / MANIFEST) as manifest, atomic_file(folder / TENSORS) as temporary:
-            save_file(tensors, temporary)
-            content = {
-                "format": FORMAT,
-                "layers": self.layers,
-                "tensors_sha256": sha256_of_file(temporary),
-                "provenance": self.provenance,
-            }
-            manifest.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                tensors[f"{side}.{layer}.basis"] = basis.basis.clone(memory_format=torch.contiguous_format)
+                tensors[f"{side}.{layer}.singular_values"] = basis.singular_values.clone()
+        data = save(tensors)
+        digest = sha256(data)
+        name = f"subspace-{digest[:12]}.safetensors"
+        with atomic_file(folder / name) as temporary:
+            temporary.write_bytes(data)
+        content = {"format": FORMAT, "layers": self.layers, "tensors": name, "tensors_sha256": digest}
+        write_json(folder / MANIFEST, content | {"provenance": self.provenance})
+        for path in folder.glob("subspace-*.safetensors"):
+            if path.name != name:
+                path.unlink()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> Self:
@@ -109,17 +111,20 @@ class Subspace:
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        for name in (MANIFEST, TENSORS):
-            if not (folder / name).is_file():
-                raise InputError(f"{folder}: not a subspace folder, {name} is missing")
+        if not (folder / MANIFEST).is_file():
+            raise InputError(f"{folder}: not a subspace folder, {MANIFEST} is missing")
         manifest = read_json(folder / MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
             raise InputError(f"{folder / MANIFEST}: expected a subspace manifest of format {FORMAT}, got {found!r}")
-        if sha256_of_file(folder / TENSORS) != manifest.get("tensors_sha256"):
-            raise InputError(f"{folder / TENSORS}: truncated or altered, its hash is not the one in {MANIFEST}")
+        name = str(manifest.get("tensors"))
+        path = folder / Path(name).name  # a manifest does not lead out of its folder
+        if not path.is_file():
+            raise InputError(f"{folder}: {name}, which {MANIFEST} names, is missing")
+        if sha256_of_file(path) != manifest.get("tensors_sha256"):
+            raise InputError(f"{path}: truncated or altered, its hash is not the one in {MANIFEST}")
         try:
-            tensors = load_file(folder / TENSORS)
+            tensors = load_file(path)
             sides = {
                 side: {
                     int(layer): Basis(tensors[f"{side}.{layer}.basis"], tensors[f"{side}.{layer}.singular_values"])

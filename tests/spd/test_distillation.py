@@ -1,8 +1,10 @@
 """Training: the published loss and settings, the base model untouched, a killed run that ends as if undisturbed."""
 
 import json
+import random
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -19,7 +21,7 @@ FAST = spd.Recipe(epochs=6, batch_size=4, learning_rate=2e-2, lora_dropout=0.1)
 @pytest.fixture(scope="module")
 def generations(prompts):
     return [
-        spd.Generation(index, prompt, f" the answer is {index}", 8, finished=index % 3 > 0)
+        spd.Generation(index, prompt, f" the answer is {index}", [], finished=index % 3 > 0)
         for index, prompt in enumerate(prompts)
     ]
 
@@ -68,6 +70,7 @@ def test_training_learns_and_leaves_the_base_model_alone(family, make_model, tok
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert torch.equal(logits(model, tokenizer), base)
+    assert model.config.use_cache
     with spd.adapted(model, out) as tuned:
         assert float((logits(tuned, tokenizer) - base).abs().max()) > 1e-2
     assert torch.equal(logits(model, tokenizer), base)
@@ -84,8 +87,8 @@ def test_the_adapter_is_a_plain_peft_adapter(model, make_model, tokenizer, gener
 
 
 def test_the_loss_is_on_prompt_and_completion_and_never_on_padding(tokenizer):
-    long = spd.Generation(0, "Question: how many?\nAnswer:", " there are 12", 5, finished=True)
-    short = spd.Generation(1, "Q:", " 1", 2, finished=False)
+    long = spd.Generation(0, "Question: how many?\nAnswer:", " there are 12", [], finished=True)
+    short = spd.Generation(1, "Q:", " 1", [], finished=False)
     rows = [_encode(tokenizer, generation, spd.Recipe()) for generation in (long, short)]
     assert rows[0]["input_ids"] == tokenizer(long.prompt + long.completion)["input_ids"] + [tokenizer.eos_token_id]
     assert rows[1]["input_ids"] == tokenizer("Q: 1")["input_ids"], "no end where the model did not end"
@@ -97,16 +100,30 @@ def test_the_loss_is_on_prompt_and_completion_and_never_on_padding(tokenizer):
 
 
 def test_the_loss_can_be_on_the_completion_only(tokenizer):
-    generation = spd.Generation(0, "Question:", " there are 12", 5, finished=True)
+    generation = spd.Generation(0, "Question:", " there are 12", [], finished=True)
     row = _encode(tokenizer, generation, spd.Recipe(prompt_loss=False))
     prompt_length = len(tokenizer("Question:")["input_ids"])
     assert row["labels"] == [-100] * prompt_length + row["input_ids"][prompt_length:]
 
 
 def test_long_sequences_are_cut(tokenizer):
-    generation = spd.Generation(0, "z" * 50, "y" * 50, 50, finished=True)
-    row = _encode(tokenizer, generation, spd.Recipe(max_length=16))
-    assert len(row["input_ids"]) == len(row["labels"]) == 16
+    generation = spd.Generation(0, "z" * 50, "y" * 50, [], finished=True)
+    for prompt_loss in (True, False):
+        row = _encode(tokenizer, generation, spd.Recipe(max_length=16, prompt_loss=prompt_loss))
+        assert len(row["input_ids"]) == len(row["labels"]) == 16
+
+
+def test_what_is_trained_is_what_was_sampled(tokenizer):
+    """Text does not always lead back to its tokens, and a model may have several end tokens."""
+    prompt, sampled = tokenizer("Question:")["input_ids"], [40, 41, 42, 7]
+    generation = spd.Generation(0, "Question:", tokenizer.decode(sampled[:-1]), sampled, finished=True)
+    assert _encode(tokenizer, generation, spd.Recipe())["input_ids"] == prompt + sampled
+
+
+def test_completions_without_a_token_to_train_on_are_refused(model, tokenizer, tmp_path):
+    cut = [spd.Generation(0, "z" * 50, "y" * 50, [], finished=True)]
+    with pytest.raises(spd.InputError, match="with a token to train on"):
+        train(model, tokenizer, cut, tmp_path / "adapter", spd.Recipe(max_length=16, prompt_loss=False))
 
 
 def test_an_interrupted_training_ends_as_an_undisturbed_one(
@@ -120,9 +137,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
             if state.global_step == 16:
                 raise KeyboardInterrupt
 
-    whole = distillation._mark_complete_callback
-    monkeypatch.setattr(distillation, "_mark_complete_callback", lambda: [whole(), Pull()][1])
-    monkeypatch.setattr(distillation, "_progress_callback", lambda label, show: whole())
+    monkeypatch.setattr(distillation, "_progress_callback", lambda label, show: Pull())
     with pytest.raises(KeyboardInterrupt):
         train(model, tokenizer, generations, tmp_path / "adapter")
     monkeypatch.undo()
@@ -132,6 +147,9 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     checkpoints = tmp_path / "adapter.checkpoints"
     assert (checkpoints / "checkpoint-14" / "complete").is_file()
     (checkpoints / "checkpoint-999").mkdir()  # as if torn while it was written
+
+    with pytest.raises(spd.InputError, match=r"adapter\.checkpoints: is of a training with another recipe"):
+        train(model, tokenizer, generations, tmp_path / "adapter", spd.Recipe())
 
     resumed_from = []
     train_from = distillation._last_complete_checkpoint
@@ -152,6 +170,10 @@ def test_a_finished_adapter_is_kept_or_refused(model, tokenizer, generations, tm
     out = train(model, tokenizer, generations, tmp_path / "adapter")
     monkeypatch.setattr(distillation, "_train", None)
     assert train(model, tokenizer, generations, tmp_path / "adapter") == out
+    (tmp_path / "adapter.checkpoints").mkdir()  # as a kill right after the adapter was finished leaves it
+    (tmp_path / "adapter.checkpoints" / "key.json").write_text("{}")
+    assert train(model, tokenizer, generations, tmp_path / "adapter") == out
+    assert not (tmp_path / "adapter.checkpoints").exists()
     with pytest.raises(spd.InputError, match="another data_sha256"):
         train(model, tokenizer, generations[1:], out)
     with pytest.raises(spd.InputError, match="another recipe"):
@@ -161,6 +183,48 @@ def test_a_finished_adapter_is_kept_or_refused(model, tokenizer, generations, tm
     for use in (lambda: train(model, tokenizer, generations, out), lambda: spd.adapted(model, out).__enter__()):
         with pytest.raises(spd.InputError, match="truncated or altered"):
             use()
+
+
+def test_what_is_not_ours_is_not_deleted(model, tokenizer, generations, tmp_path):
+    work = tmp_path / "adapter.checkpoints"
+    (work / "checkpoint-500").mkdir(parents=True)
+    (work / "notes.txt").write_text("mine")
+    with pytest.raises(spd.InputError, match="holds something else"):
+        train(model, tokenizer, generations, tmp_path / "adapter")
+    assert (work / "notes.txt").read_text() == "mine"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    with pytest.raises(spd.InputError, match="holds no finished adapter"):
+        train(model, tokenizer, generations, tmp_path / "full")
+
+
+def test_an_empty_folder_will_do(model, tokenizer, generations, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    train(model, tokenizer, generations[:4], tmp_path / "adapter", spd.Recipe(epochs=1))
+    assert (tmp_path / "adapter" / "training.json").is_file()
+
+
+def test_the_callers_random_numbers_go_on(model, tokenizer, generations, tmp_path):
+    def draw():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    draw()
+    expected = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    draw()
+    train(model, tokenizer, generations[:4], tmp_path / "adapter", spd.Recipe(epochs=1))
+    assert draw() == expected
+
+
+def test_generating_with_an_adapter_leaves_the_generation_settings(model, tokenizer, generations, tmp_path):
+    out = train(model, tokenizer, generations[:4], tmp_path / "adapter", spd.Recipe(epochs=1))
+    model.generation_config.repetition_penalty = 1.3
+    with spd.adapted(model, out) as tuned:
+        spd.generate(tuned, tokenizer, ["Question:"], max_new_tokens=2, progress=False)
+        with pytest.raises(spd.InputError, match="adapter already"), spd.adapted(tuned, out):
+            pass
+    assert model.generation_config.repetition_penalty == 1.3
 
 
 def test_an_adapter_of_another_model_is_refused(model, make_model, tokenizer, generations, tmp_path):
@@ -179,6 +243,8 @@ def test_an_adapter_of_another_model_is_refused(model, make_model, tokenizer, ge
         ({"lora_rank": 0}, "lora_rank"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"weight_decay": float("nan")}, "weight_decay"),
+        ({"batch_size": 2.5}, "batch_size: expected an integer"),
+        ({"prompt_loss": "false"}, "prompt_loss"),
     ],
 )
 def test_bad_recipes_are_refused(changes, message):

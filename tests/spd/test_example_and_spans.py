@@ -16,10 +16,10 @@ def test_a_span_outside_the_text_is_refused(span):
         spd.Example("prompt", " five", [span])
 
 
-@pytest.mark.parametrize("span", [(1,), (1, 2, 3), (0.0, 1.0), ("a", "b")])
-def test_a_span_that_is_no_pair_of_integers_is_refused(span):
+@pytest.mark.parametrize("spans", [[(1,)], [(1, 2, 3)], [(0.0, 1.0)], [("a", "b")], (3, 5), None])
+def test_spans_that_are_no_pairs_of_integers_are_refused(spans):
     with pytest.raises(spd.InputError, match="pairs"):
-        spd.Example("prompt", " five", [span])
+        spd.Example("prompt", " five", spans)
 
 
 def test_text_that_is_no_string_is_refused():

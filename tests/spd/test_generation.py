@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import spd
 from spd.generation import SeededSampling, read_generations
@@ -78,9 +79,30 @@ def test_finished_means_the_model_ended_itself(model, tokenizer, prompts):
     ended = [generation for generation in found if generation.finished]
     cut = [generation for generation in found if not generation.finished]
     assert ended and cut
-    assert all(generation.tokens == 20 for generation in cut)
-    assert any(generation.tokens < 20 for generation in ended)
+    assert all(len(generation.tokens) == 20 for generation in cut)
+    assert any(len(generation.tokens) < 20 for generation in ended)
+    assert all(generation.tokens[-1] == tokenizer.eos_token_id for generation in ended)
     assert not any("<eos>" in generation.completion for generation in found)
+
+
+def test_a_tokenizer_that_drops_a_leading_space_loses_nothing(make_model):
+    """As SentencePiece does when it decodes a completion by itself."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "▁Answer:": 1, "▁there": 2, "▁are": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>")
+    assert tokenizer.decode([2, 3]) == "there are"
+    model = make_model("llama", vocab_size=4)
+    with torch.no_grad():
+        model.lm_head.weight[:2] = -model.lm_head.weight[2:]
+    for generation in sample(model, tokenizer, ["Answer:"] * 3, max_new_tokens=4):
+        assert generation.prompt + generation.completion == tokenizer.decode([1, *generation.tokens], skip_special_tokens=True)
+
+
+def test_a_file_of_other_weights_is_refused(model, tokenizer, prompts, tmp_path):
+    out = tmp_path / "g.jsonl"
+    sample(model, tokenizer, prompts[:3], out=out)
+    with pytest.raises(spd.InputError, match="another weights"):
+        sample(model.to(torch.bfloat16), tokenizer, prompts[:3], out=out)
 
 
 def test_a_torn_file_is_completed_to_the_same_completions(model, tokenizer, prompts, tmp_path):

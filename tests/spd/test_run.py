@@ -55,7 +55,7 @@ def test_the_folder_holds_what_it_should(finished):
     expected = [
         *("config.json", "environment.json", "metrics.json", "timings.json", "report.html"),
         *("base/evaluations/gsm8k.jsonl", "base/evaluations/svamp.scored.jsonl"),
-        *("gsm8k/subspace/subspace.safetensors", "gsm8k/subspace/subspace.json"),
+        *("gsm8k/subspace/subspace.json",),
         *("gsm8k/generations/plain.jsonl", "gsm8k/generations/projected.jsonl"),
         *("gsm8k/adapters/plain/adapter_model.safetensors", "gsm8k/adapters/projected/training.json"),
         *("gsm8k/evaluations/projected/gsm8k.jsonl", "gsm8k/evaluations/self-training/svamp.jsonl"),
@@ -119,6 +119,21 @@ def test_a_folder_of_another_configuration_is_refused(finished, checkpoint, made
     changed = config_for(checkpoint, made_records, training={"epochs": 3, "learning_rate": 1e-3}, seed=7)
     with pytest.raises(spd.InputError, match=r"another configuration \(different: seed, training.epochs"):
         run(changed, finished[0], progress=False)
+
+
+def test_batch_sizes_and_the_device_may_change(finished, checkpoint, made_records):
+    generation = {"max_new_tokens": 12, "batch_size": 2}
+    changed = config_for(checkpoint, made_records, generation=generation, device="cpu")
+    assert len(run(changed, finished[0], progress=False)) == 8
+
+
+def test_what_a_kill_left_half_written_is_swept(checkpoint, made_records, tmp_path):
+    for name in (".lock", ".config.json.abcd.tmp"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "gsm8k" / ".projected.xyz.tmp").mkdir(parents=True)
+    (tmp_path / "gsm8k").rename(tmp_path / ".gsm8k")
+    run(config_for(checkpoint, made_records), tmp_path, progress=False)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_folder_that_is_no_run_is_refused(checkpoint, made_records, tmp_path):

@@ -66,10 +66,16 @@ def test_writing_changes_only_what_was_named(family, make_model):
 
 def test_layers_are_chosen_as_published(make_model):
     sites = find_sites(make_model("llama", num_hidden_layers=5))
-    assert choose_layers(sites, "paper") == [2, 4]
-    assert choose_layers(sites, "all") == [0, 1, 2, 3, 4]
-    assert choose_layers(sites, [3, 0]) == [0, 3]
-    assert choose_layers(find_sites(make_model("llama", num_hidden_layers=1)), "paper") == [0]
+    assert choose_layers(sites, "paper", 5) == [2, 4]
+    assert choose_layers(sites, "all", 5) == [0, 1, 2, 3, 4]
+    assert choose_layers(sites, [3, 0], 5) == [0, 3]
+    assert choose_layers(find_sites(make_model("llama", num_hidden_layers=1)), "paper", 1) == [0]
+
+
+def test_a_published_layer_that_cannot_be_reached_is_an_error_not_another_layer(make_model):
+    sites = find_sites(make_model("llama", num_hidden_layers=5))
+    with pytest.raises(spd.InputError, match="layer 4"):
+        choose_layers({layer: sites[layer] for layer in (0, 1, 2)}, "paper", 5)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +84,7 @@ def test_layers_are_chosen_as_published(make_model):
 )
 def test_impossible_layers_are_refused(layers, message, model):
     with pytest.raises(spd.InputError, match=message):
-        choose_layers(find_sites(model), layers)
+        choose_layers(find_sites(model), layers, 4)
 
 
 def test_models_without_reachable_sites_are_refused_by_name():

@@ -1,9 +1,10 @@
 """A subspace as an artefact: whole or absent, and tied to its model."""
 
 import json
+import resource
+import signal
 
 import pytest
-import safetensors.torch
 import torch
 
 import spd
@@ -25,7 +26,8 @@ def test_round_trip(subspace, model, tmp_path):
             assert torch.equal(a.basis, b.basis)
             assert torch.equal(a.singular_values, b.singular_values)
     assert loaded.provenance == subspace.provenance
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["subspace.json", "subspace.safetensors"]
+    assert len(list((tmp_path / "s").glob("subspace-*.safetensors"))) == 1
+    assert len(list((tmp_path / "s").iterdir())) == 2
 
 
 def test_provenance_says_where_it_came_from(subspace, examples):
@@ -38,7 +40,7 @@ def test_provenance_says_where_it_came_from(subspace, examples):
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_a_damaged_file_is_refused(damage, subspace, tmp_path):
     subspace.save_pretrained(tmp_path)
-    path = tmp_path / "subspace.safetensors"
+    (path,) = tmp_path.glob("*.safetensors")
     content = bytearray(path.read_bytes())
     if damage == "truncate":
         content = content[:-7]
@@ -51,12 +53,23 @@ def test_a_damaged_file_is_refused(damage, subspace, tmp_path):
         spd.Subspace.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("missing", ["subspace.json", "subspace.safetensors"])
+@pytest.mark.parametrize("missing", ["subspace.json", "*.safetensors"])
 def test_half_a_folder_is_refused(missing, subspace, tmp_path):
     subspace.save_pretrained(tmp_path)
-    (tmp_path / missing).unlink()
-    with pytest.raises(spd.InputError, match=missing):
+    (path,) = tmp_path.glob(missing)
+    path.unlink()
+    with pytest.raises(spd.InputError, match=f"{path.name}.* is missing"):
         spd.Subspace.from_pretrained(tmp_path)
+
+
+def test_a_manifest_does_not_lead_out_of_its_folder(subspace, tmp_path):
+    subspace.save_pretrained(tmp_path / "s")
+    (path,) = (tmp_path / "s").glob("*.safetensors")
+    path.rename(tmp_path / path.name)
+    manifest = tmp_path / "s" / "subspace.json"
+    manifest.write_text(manifest.read_text().replace(path.name, f"../{path.name}"))
+    with pytest.raises(spd.InputError, match="is missing"):
+        spd.Subspace.from_pretrained(tmp_path / "s")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}'])
@@ -82,18 +95,43 @@ def test_the_same_model_in_another_dtype_is_accepted(subspace, model):
     subspace.check_model(model.to(torch.bfloat16))
 
 
-def test_a_full_disk_leaves_the_old_subspace(subspace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("room", [0, 1000, 3000])
+def test_a_full_disk_leaves_the_old_subspace(room, subspace, make_model, subspace_of, tmp_path):
+    """The limit on a file's size stands in for the disk's: writing beyond it fails in the same way."""
     subspace.save_pretrained(tmp_path)
+    other = subspace_of(make_model("qwen3", seed=1))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(tensors, path):
-        path.write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        subspace.save_pretrained(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            other.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_old_subspace_holds_until_the_new_manifest_is_in_place(
+    subspace, make_model, subspace_of, tmp_path, monkeypatch
+):
+    subspace.save_pretrained(tmp_path)
+    other = subspace_of(make_model("qwen3", seed=1))
+    monkeypatch.setattr("spd.subspace.write_json", lambda path, content: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        other.save_pretrained(tmp_path)
+    assert torch.equal(spd.Subspace.from_pretrained(tmp_path).k[2].basis, subspace.k[2].basis)
+    monkeypatch.undo()
+    other.save_pretrained(tmp_path)
+    assert torch.equal(spd.Subspace.from_pretrained(tmp_path).k[2].basis, other.k[2].basis)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_same_model_with_another_padding_token_is_accepted(subspace, model, tmp_path):
+    model.config.pad_token_id = 5
+    model.save_pretrained(tmp_path)
+    subspace.check_model(model)
 
 
 def test_bases_must_be_orthonormal_and_finite():
