@@ -13,17 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from safetensors import SafetensorError
 
 from spd.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from spd.run import Score
     from spd.subspace import Subspace
+
+UsageError: Any = typer.BadParameter.__base__  # of the click that typer carries, or in older versions imports
+INTERRUPTED = 130  # as a shell counts SIGINT; typer returns it for a Ctrl-C, older versions raise Abort
+UNBOUNDED = 10_000  # columns
+RESUMABLE = ("run", "demo", "generate", "distill")
 
 app = typer.Typer(
     name="spd",
     help="Self-Policy Distillation: improve a language model with its own generations (arXiv 2605.22675).",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -31,20 +39,22 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", "-m", help='Checkpoint folder, hub name, or "proving-ground".')]
 TaskName = Annotated[str, typer.Option("--task", "-t", help="gsm8k, svamp, words, choice, code, or an -ood sibling.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of local records, NAME/SPLIT.jsonl, in place of the hub.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16; auto is float32 on a CPU.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no lines about stages.")]
 SubspaceFolder = Annotated[Path | None, typer.Option(help="Project K and V onto this subspace.")]
 Mode = Annotated[str, typer.Option(help="How to project: auto, hook or fold.")]
 Sides = Annotated[str, typer.Option(help="Which side to project: kv, k or v.")]
-BatchSize = Annotated[int, typer.Option(help="Prompts decoded together.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of a completion. [default: the task's]")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts decoded together.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Length limit of a completion.", show_default="the task's")
+]
 
 
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="TOML file; README shows one, spd/config.py every key.")],
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME-OF-CONFIG]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME-OF-CONFIG")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Carry out the whole method; started again on the same folder, go on where it stopped."""
@@ -52,7 +62,7 @@ def run(
     from spd.run import run as carry_out
 
     settings = load_config(config)
-    folder = out or Path("runs") / config.stem
+    folder = Path("runs") / config.stem if out is None else out
     scores = carry_out(settings, folder, progress=not quiet, say=_say(quiet))
     _print_scores(scores, folder)
 
@@ -79,12 +89,14 @@ def calibrate(
     model: Model,
     task: TaskName,
     out: Annotated[Path, typer.Option(help="Folder for the subspace.")],
-    examples: Annotated[int | None, typer.Option(help="Calibration examples. [default: the task's]")] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration examples.", show_default="the task's")
+    ] = None,
     layers: Annotated[str, typer.Option(help='"paper" (middle and last), "all", or indices: 3,7,11.')] = "paper",
     rank: Annotated[str, typer.Option(help='"half", "energy:0.95", or a number.')] = "half",
     loss: Annotated[str, typer.Option(help='"spans" (correctness-defining tokens) or "full".')] = "spans",
-    batch_size: Annotated[int, typer.Option(help="Examples in one pass.")] = 8,
-    max_length: Annotated[int, typer.Option(help="Tokens after which a text is cut.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in one pass.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 256,
     data: Data = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -98,7 +110,7 @@ def calibrate(
     subspace = spd.calibrate(
         loaded,
         tokenizer,
-        chosen.calibration()[: examples or chosen.calibration_size],
+        chosen.calibration()[: chosen.calibration_size if examples is None else examples],
         layers=_layers(layers),
         rank=int(rank) if rank.isdecimal() else rank,
         loss=loss,
@@ -118,12 +130,14 @@ def generate(
     task: TaskName,
     out: Annotated[Path, typer.Option(help="JSON Lines file; resumed if it is there.")],
     subspace: SubspaceFolder = None,
-    prompts: Annotated[int | None, typer.Option(help="The first so many training prompts. [default: all]")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="The first so many training prompts.", show_default="all")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus mass.")] = 0.9,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 32,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 42,
     mode: Mode = "auto",
     sides: Sides = "kv",
     data: Data = None,
@@ -134,6 +148,7 @@ def generate(
     """Sample one completion for each of a task's training prompts, projected if --subspace is given."""
     import spd
 
+    _check_projection(subspace, mode, sides)
     chosen = spd.load_task(task, data)
     loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
     with _projected(loaded, subspace, mode, sides):
@@ -144,7 +159,7 @@ def generate(
             out=out,
             temperature=temperature,
             top_p=top_p,
-            max_new_tokens=max_new_tokens or chosen.max_new_tokens,
+            max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
             batch_size=batch_size,
             seed=seed,
             tag=_tag(subspace, mode, sides),
@@ -161,8 +176,8 @@ def distill(
     preset: Annotated[str, typer.Option(help="Recipe to start from.")] = "paper",
     learning_rate: Annotated[float | None, typer.Option(help="In place of the preset's.")] = None,
     epochs: Annotated[float | None, typer.Option(help="In place of the preset's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="In place of the preset's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="In place of the preset's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="In place of the preset's.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quiet: Quiet = False,
@@ -189,7 +204,9 @@ def evaluate(
     task: TaskName,
     subspace: SubspaceFolder = None,
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter that `spd distill` wrote.")] = None,
-    questions: Annotated[int | None, typer.Option(help="The first so many. [default: the published number]")] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="The first so many.", show_default="the published number")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON Lines file for the completions; resumed.")] = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 32,
@@ -205,6 +222,7 @@ def evaluate(
 
     if subspace and adapter:
         raise InputError("--subspace and --adapter: give one of them; the adapter is for the unprojected model")
+    _check_projection(subspace, mode, sides)
     chosen = spd.load_task(task, data)
     loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
     with (
@@ -237,34 +255,45 @@ def inspect(
     """Show what a subspace holds: ranks, energy, spectra, and where it came from."""
     import json
 
+    from spd.plots import FORMATS
     from spd.subspace import Subspace
 
+    if plot and plot.suffix not in FORMATS:
+        raise InputError(f"--plot: expected a file name ending in {', '.join(FORMATS)}, got {plot.name!r}")
     loaded = Subspace.from_pretrained(subspace)
     _print_spectra(str(subspace), loaded)
     typer.echo(json.dumps(loaded.provenance, indent=2, ensure_ascii=False))
     if plot:
         from spd.files import atomic_file
-        from spd.plots import FORMATS, spectra_figure
+        from spd.plots import spectra_figure
 
-        if plot.suffix not in FORMATS:
-            raise InputError(f"--plot: expected a file name ending in {', '.join(FORMATS)}, got {plot.name!r}")
         with atomic_file(plot) as temporary:
             spectra_figure(loaded).savefig(temporary, format=plot.suffix[1:], dpi=160)
         typer.echo(plot)
 
 
 def main() -> NoReturn:
-    """Entry point: bad input ends in one line and status 2, a failing disk in one line and status 1."""
+    """Entry point. One line and a status for what can go wrong: 2 bad input, 1 a failing disk, 130 an interrupt."""
     _quieten_libraries()
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        app()
+        status = app(arguments, standalone_mode=False)
+    except UsageError as error:
+        _fail(error.format_message(), 2)
     except InputError as error:
         _fail(error, 2)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", 130)
-    sys.exit(0)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        _fail("interrupted" + ("; the same command goes on where it stopped" if _resumable(arguments) else ""), status)
+    sys.exit(status or 0)
+
+
+def _resumable(arguments: list[str]) -> bool:
+    command, *options = arguments
+    return command in RESUMABLE or (command == "evaluate" and any(option.startswith("--out") for option in options))
 
 
 def _fail(error: object, status: int) -> NoReturn:
@@ -278,6 +307,7 @@ def _quieten_libraries() -> None:
     """Only what the user can act on; a warning is one line."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
@@ -300,6 +330,12 @@ def _layers(text: str) -> str | list[int]:
         raise InputError(f'--layers: expected "paper", "all" or indices such as 3,7, got {text!r}') from None
 
 
+def _check_projection(subspace: Path | None, mode: str, sides: str) -> None:
+    """Refuse, before a model is loaded, what would have no effect."""
+    if subspace is None and (mode, sides) != ("auto", "kv"):
+        raise InputError("--mode and --sides: they say how to project, which takes a --subspace")
+
+
 def _projected(model: Any, folder: Path | None, mode: str, sides: str) -> Any:
     import spd
 
@@ -319,11 +355,23 @@ def _tag(folder: Path | None, *settings: str) -> str:
 
 
 def _print_scores(scores: list[Score], folder: Path) -> None:
-    from rich.console import Console
+    tests = list(dict.fromkeys(score.evaluation.task for score in scores))
+    console = _console()
+    for columns in range(len(tests), 0, -1):  # as many tests side by side as the terminal has room for
+        groups = [tests[start : start + columns] for start in range(0, len(tests), columns)]
+        tables = [_score_table([score for score in scores if score.evaluation.task in group]) for group in groups]
+        if all(_width(table, console) <= console.width for table in tables):
+            break
+    console.print("Accuracy in %, 95 % interval", style="italic", highlight=False)
+    console.print(*tables)
+    typer.echo(f"report: {(folder / 'report.html').resolve()}")
+
+
+def _score_table(scores: list[Score]) -> Table:
     from rich.table import Table
 
     tests = {score.evaluation.task: score.evaluation.n for score in scores}
-    table = Table(title="Accuracy in %, 95 % interval", title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     table.add_column("trained for", no_wrap=True)
     table.add_column("arm", no_wrap=True)
     for test, n in tests.items():
@@ -339,12 +387,10 @@ def _print_scores(scores: list[Score], folder: Path) -> None:
             table.add_section()
         table.add_row(capability if capability != previous else "", arm, *(cells[test] for test in tests))
         previous = capability
-    Console().print(table)
-    typer.echo(f"report: {(folder / 'report.html').resolve()}")
+    return table
 
 
 def _print_spectra(title: str, subspace: Subspace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from spd.spectrum import site_rows, sparkline
@@ -360,9 +406,23 @@ def _print_spectra(title: str, subspace: Subspace) -> None:
             str(row.rank),
             f"{100 * row.energy:.1f} %",
             str(row.rank_95),
-            sparkline(row.singular_values),
+            sparkline(row.singular_values, columns=28),  # with which the table has 80 columns at most
         )
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Standard output as wide as the terminal; in a file or a pipe as wide as it takes."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = UNBOUNDED
+    return console
+
+
+def _width(table: Table, console: Console) -> int:
+    return console.measure(table, options=console.options.update(max_width=UNBOUNDED)).maximum
 
 
 if __name__ == "__main__":

@@ -75,13 +75,13 @@ def read_json(path: str | Path) -> Any:
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Records of a JSON Lines file; a line that is not an object is an error that names it."""
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                record = json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(record, dict):
                 raise InputError(f"{path}, line {number}: expected an object, got {type(record).__name__}")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from spd.errors import InputError
 
 PROVING_GROUND = "proving-ground"
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def load_model(
@@ -19,12 +20,15 @@ def load_model(
 
     Args:
         name: checkpoint folder, hub name, or "proving-ground" for the model the project carries.
-        dtype: "auto" (the checkpoint's on a GPU, float32 on the CPU), "float32", "float16" or "bfloat16".
+        dtype: of the weights: "auto" (the checkpoint's own on a GPU, float32 on the CPU, whatever the checkpoint's),
+            "float32", "float16" or "bfloat16".
         device: "auto" (a GPU where there is one), or a device of torch.
 
     Raises:
-        InputError: there is no such checkpoint or device, or the checkpoint cannot be read.
+        InputError: there is no such checkpoint, dtype or device, or the checkpoint cannot be read.
     """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if name == PROVING_GROUND:
         from spd.proving_ground import checkpoint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
+PANELS_A_ROW = 4
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 SIDE_COLOUR = {"k": "#2563eb", "v": "#d97706"}
 ARM_COLOUR = {"base": "#9aa5b1", "projected": "#7c9fd6", "self-training": "#e3b36b", "spd": "#1d4ed8"}
@@ -35,7 +37,8 @@ def _as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     return svg
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Any]]:
+    """`panels` axes, at most PANELS_A_ROW side by side; `width` and `height` are one panel's, in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -50,8 +53,13 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
         "svg.fonttype": "none",
         "svg.hashsalt": "spd",
     }
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
+    columns = min(panels, PANELS_A_ROW)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for empty in axes[panels:]:
+        empty.remove()
+    axes = axes[:panels]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color=GRID, linewidth=0.8)
@@ -62,7 +70,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
 def spectra_figure(subspace: Subspace) -> Figure:
     """Singular values relative to the first, one panel a layer, with the rank cut and the energy it keeps."""
     layers = subspace.layers
-    figure, axes = _figure(min(3.4 * len(layers), 14), 2.6, len(layers))
+    figure, axes = _figure(3.4 if len(layers) < PANELS_A_ROW else 2.8, 2.8, len(layers))
     for axis, layer in zip(axes, layers, strict=True):
         for side in "kv":
             basis = subspace.side(side)[layer]
@@ -70,10 +78,14 @@ def spectra_figure(subspace: Subspace) -> Figure:
             label = f"{side.upper()}: rank {basis.rank} of {basis.width}, {100 * basis.energy():.1f} % energy"
             axis.semilogy(range(1, basis.width + 1), relative, color=SIDE_COLOUR[side], linewidth=1.6, label=label)
             axis.axvline(basis.rank, color=SIDE_COLOUR[side], linewidth=0.9, linestyle=(0, (3, 3)))
-        axis.set_title(f"layer {layer}", loc="left", fontsize=9.5, fontweight="bold")
+        axis.set_title(f"layer {layer}", loc="left", fontsize=9.5, fontweight="bold", pad=30)
+        axis.legend(  # above the panel: inside, a spectrum can run anywhere
+            frameon=False, fontsize=8, handlelength=1.2, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0
+        )
+    for axis in axes[-PANELS_A_ROW:]:
         axis.set_xlabel("index")
-        axis.legend(frameon=False, fontsize=8, loc="lower left")
-    axes[0].set_ylabel("singular value / first")
+    for axis in axes[::PANELS_A_ROW]:
+        axis.set_ylabel("singular value / first")
     return figure
 
 
@@ -109,9 +121,8 @@ def accuracy_bars(metrics: list[dict[str, Any]]) -> Figure:
             accuracy = 100 * score["accuracy"]
             x = position + (offset - 1.5) * 0.2
             axis.bar(x, accuracy, width=0.18, color=ARM_COLOUR[arm], label=arm if position == 0 else None)
-            axis.errorbar(
-                x, accuracy, [[accuracy - 100 * low], [100 * high - accuracy]], color=INK, linewidth=0.9, capsize=2
-            )
+            whiskers = [[max(0.0, accuracy - 100 * low)], [max(0.0, 100 * high - accuracy)]]
+            axis.errorbar(x, accuracy, whiskers, color=INK, linewidth=0.9, capsize=2)
     names = [test if capability == test else f"{capability}, on {test}" for capability, test in groups]
     axis.set_xticks(range(len(groups)), names)
     axis.set_ylabel("accuracy, %")

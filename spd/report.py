@@ -43,7 +43,7 @@ def write_report(folder: str | Path) -> Path:
     environment.filters["value"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value
     page = environment.get_template("report.html").render(
         config=config,
-        environment=read_json(folder / "environment.json"),
+        environments=read_json(folder / "environment.json"),
         timings=read_json(folder / "timings.json"),
         table=score_table(metrics),
         tests=list(dict.fromkeys(score["task"] for score in metrics)),

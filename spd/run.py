@@ -96,7 +96,15 @@ class _Run:
         self.tests = [load_task(name, config.data) for name in config.evaluated]
         with self.stage("load", "the model"):
             self.model, self.tokenizer = load_model(config.model, dtype=config.dtype, device=config.device)
-        write_json(folder / "environment.json", environment(self.model))
+        self.record_environment()
+
+    def record_environment(self) -> None:
+        """`environment.json` lists the machines and versions of a run's sittings, each different one once, in order."""
+        path = self.folder / "environment.json"
+        seen = read_json(path) if path.exists() else []
+        current = environment(self.model)
+        if current not in seen:
+            write_json(path, [*seen, current])
 
     def carry_out(self) -> list[Score]:
         scores = self.evaluate_arm(None, "base", self.model)

@@ -9,10 +9,11 @@ from spd.errors import InputError
 from spd.tasks.base import Question, Task
 from spd.tasks.gsm8k import GSM8K
 from spd.tasks.svamp import SVAMP
+from spd.tasks.word_problems import WordProblems
 
 __all__ = ["Question", "Task", "load_task", "task_names"]
 
-DATA_SETS: dict[str, type[GSM8K] | type[SVAMP]] = {"gsm8k": GSM8K, "svamp": SVAMP}
+DATA_SETS: dict[str, type[WordProblems]] = {"gsm8k": GSM8K, "svamp": SVAMP}
 
 
 def load_task(name: str, data: str | Path | None = None) -> Task:

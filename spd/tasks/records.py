@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,24 @@ from spd.files import read_jsonl
 
 
 def load_records(
-    name: str, split: str, fields: tuple[str, ...], *, data: str | Path | None, hub: tuple[str, str | None]
+    name: str,
+    split: str,
+    fields: Mapping[str, tuple[type, ...]],
+    *,
+    data: str | Path | None,
+    hub: tuple[str, str | None],
 ) -> list[dict[str, Any]]:
     """All records of one split.
 
     Args:
         name: the data set's folder below `data`.
         split: "train" or "test".
-        fields: what every record must carry.
+        fields: what every record must carry, and the types it may have.
         data: folder with `NAME/SPLIT.jsonl`; None loads from the hub.
         hub: repository and configuration on the hub.
 
     Raises:
-        InputError: no such file, no record in it, or a record without one of the fields.
+        InputError: no such file, no record in it, or a record without one of the fields or with another type there.
     """
     if data is not None:
         path = Path(data) / name / f"{split}.jsonl"
@@ -37,6 +43,10 @@ def load_records(
         missing = [field for field in fields if field not in record]
         if missing:
             raise InputError(f"{source}, record {number}: {', '.join(missing)} missing; it has {', '.join(record)}")
+        for field, types in fields.items():
+            if type(record[field]) not in types:
+                expected = " or ".join(each.__name__ for each in types)
+                raise InputError(f"{source}, record {number}: {field}: expected {expected}, got {record[field]!r:.60}")
     return records
 
 

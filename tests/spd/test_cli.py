@@ -1,5 +1,6 @@
 """The command line: help at once, results on standard output, one line and status 2 for bad input."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,8 +8,12 @@ import warnings
 from dataclasses import dataclass
 
 import pytest
+import typer
+from safetensors import SafetensorError
 
-from spd.cli import main
+from spd.cli import _print_scores, app, main
+from spd.evaluation import Answer, Evaluation
+from spd.run import Score
 
 COMMANDS = ["run", "calibrate", "generate", "distill", "evaluate", "inspect", "demo"]
 
@@ -44,9 +49,19 @@ def test_help_names_every_command():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, spd):
+    """Every option is on the screen with its whole help text, and every default that is not None."""
     found = spd(command, "--help")
     assert found.returncode == 0
-    assert len(found.stdout) > 200
+    shown = " ".join(found.stdout.replace("│", " ").split())
+    parameters = [each for each in typer.main.get_command(app).commands[command].params if each.name != "help"]
+    assert parameters
+    for each in parameters:
+        assert each.help and each.help in shown
+        assert all(name in shown for name in each.opts if name.startswith("-"))
+        if each.show_default is not True:
+            assert f"[default: ({each.show_default})]" in shown
+        elif each.default not in (None, False) and not callable(each.default):
+            assert f"[default: {each.default}" in shown
 
 
 def test_help_imports_nothing_heavy():
@@ -100,6 +115,19 @@ def test_bad_input_is_one_line_and_status_2(spd, checkpoint, made_records, tmp_p
         (["inspect", tmp_path / "empty"], "not a subspace folder"),
         (["evaluate", "-m", checkpoint, *task, "--adapter", tmp_path / "empty"], "no adapter there"),
         (["distill", "-m", checkpoint, "--generations", tmp_path / "no.jsonl", *out], "there is no file"),
+        (["evaluate", "-m", checkpoint, *task, "--dtype", "foo"], "dtype: expected one of auto, float32"),
+        (["evaluate", "-m", checkpoint, *task, "--mode", "fold"], "--mode and --sides"),
+        (["generate", "-m", checkpoint, *task, *out, "--sides", "x"], "--mode and --sides"),
+        (["inspect", tmp_path / "empty", "--plot", "s.gif"], "--plot: expected a file name ending in .png"),
+        (["calibrate", "-m", checkpoint, *task, *out, "--examples", "0"], "'--examples'"),
+        (["calibrate", "-m", checkpoint, *task, *out, "--batch-size", "0"], "'--batch-size'"),
+        (["generate", "-m", checkpoint, *task, *out, "--prompts", "-1"], "'--prompts'"),
+        (["generate", "-m", checkpoint, *task, *out, "--max-new-tokens", "0"], "'--max-new-tokens'"),
+        (["evaluate", "-m", checkpoint, *task, "--questions", "0"], "'--questions'"),
+        (["evaluate", "-m", checkpoint, *task, "--questions", "x"], "'--questions'"),
+        (["evaluate", *task], "Missing option '--model'"),
+        (["run", "--no-such-option"], "No such option: --no-such-option"),
+        (["evalute"], "No such command 'evalute'"),
     ):
         found = spd(*arguments)
         assert found.returncode == 2, (arguments, found.stderr)
@@ -110,5 +138,84 @@ def test_bad_input_is_one_line_and_status_2(spd, checkpoint, made_records, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_option_is_status_2(spd):
-    assert spd("run", "--no-such-option").returncode == 2
+def test_no_arguments_ask_for_help(spd):
+    found = spd()
+    assert found.returncode == 0
+    assert found.stdout == spd("--help").stdout
+    assert all(command in found.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "resumable"),
+    [
+        ("run c.toml", True),
+        ("demo", True),
+        ("generate -m m -t gsm8k --out o", True),
+        ("distill -m m --generations g --out o", True),
+        ("evaluate -m m -t gsm8k --out=o", True),
+        ("evaluate -m m -t gsm8k", False),
+        ("calibrate -m m -t gsm8k --out o", False),
+        ("inspect s", False),
+    ],
+)
+def test_an_interrupt_is_one_line_and_status_130(command, resumable, spd, monkeypatch):
+    for name in (
+        *("spd.config.load_config", "spd.load_task", "spd.generation.read_generations"),
+        "spd.subspace.Subspace.from_pretrained",
+    ):
+        monkeypatch.setattr(name, raises(KeyboardInterrupt()))
+    found = spd(*command.split())
+    promise = "; the same command goes on where it stopped" if resumable else ""
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", f"spd: interrupted{promise}\n")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("StorageFull:\nno space left")]
+)
+def test_a_failing_disk_is_one_line_and_status_1(error, spd, monkeypatch):
+    monkeypatch.setattr("spd.config.load_config", raises(error))
+    found = spd("run", "c.toml")
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr == f"spd: {' '.join(str(error).split())}\n"
+
+
+def raises(error):
+    def function(*arguments, **settings):
+        raise error
+
+    return function
+
+
+def test_data_sets_show_no_bars_either(spd, monkeypatch):
+    monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS", raising=False)
+    spd("--help")
+    assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"
+
+
+def scores_on(tests):
+    answers = [Answer("q", "r", "c", number < 37) for number in range(200)]
+    arms = [(None, "base"), *((name, arm) for name in tests[:3] for arm in ("projected", "self-training", "spd"))]
+    return [Score(owner, arm, Evaluation(test, answers)) for owner, arm in arms for test in tests]
+
+
+TESTS = ["words", "choice", "code", "words-ood", "choice-ood", "code-ood"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize(("terminal", "tables"), [(False, {1: 1, 3: 1, 6: 1}), (True, {1: 1, 3: 1, 6: 2})])
+def test_no_score_is_cut_off(count, terminal, tables, tmp_path, monkeypatch, capsys):
+    """Eighty columns: a terminal gets as many tables as it needs, a pipe one table that is as wide as it needs."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb" if not terminal else "xterm")
+    scores = scores_on(TESTS[:count])
+    _print_scores(scores, tmp_path)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    table, _, report = shown.rpartition("report: ")
+    assert report.strip() == str(tmp_path / "report.html")
+    assert "…" not in table
+    assert table.count("trained for") == tables[count]
+    assert table.count("18.5 [14, 24]") == len(scores)
+    assert all(re.search(rf"\b{test} ", table) for test in TESTS[:count])
+    assert table.count("n = 200") == count
+    assert max(map(len, table.splitlines())) <= 80 or not terminal

@@ -17,6 +17,15 @@ def test_wilson_interval(correct, n, low, high):
     assert wilson_interval(correct, n) == pytest.approx((low, high), abs=2e-4)
 
 
+def test_the_interval_ends_where_the_scale_ends():
+    """Exactly: the rounding of the formula would put a bound on the wrong side of the accuracy."""
+    for n in range(1, 1001):
+        low, high = wilson_interval(0, n)
+        assert low == 0.0 < high < 1.0
+        low, high = wilson_interval(n, n)
+        assert 0.0 < low < high == 1.0
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -99,7 +108,7 @@ def test_a_completion_ends_where_the_next_question_begins(tokenizer, model, made
 
     def runs_on(model, tokenizer, prompts, **settings):
         return [
-            spd.Generation(i, prompt, f" it is{answers[i][5:]}\nQuestion: what else?\nAnswer: 99", 9, False)
+            spd.Generation(i, prompt, f" it is{answers[i][5:]}\nQuestion: what else?\nAnswer: 99", [], False)
             for i, prompt in enumerate(prompts)
         ]
 
@@ -122,9 +131,30 @@ def test_bad_data_is_named(made_records, tmp_path):
         ('{"question": "q", "answer": "5"}\n', "does not end in '#### n'"),
         ('{"question": "q", "answer": "#### 5"}\n[]\n', "line 2: expected an object"),
         ('{"question": "q", \n', "line 1: not JSON"),
+        ('{"question": "q", "answer": "#### 5"}\n{"question": "\xe9"}\n', r"train\.jsonl, line 2: not JSON .*utf-8"),
+        (
+            '{"question": "q", "answer": "#### 5"}\n{"question": null, "answer": "#### 5"}',
+            "record 2: question: .* None",
+        ),
+        ('{"question": "q", "answer": 5}\n', r"train\.jsonl, record 1: answer: expected str, got 5"),
+        ('{"question": "q", "answer": ["#### 5"]}\n', "record 1: answer: expected str, got"),
     ):
-        path.write_text(content)
+        path.write_text(content, encoding="latin-1")
         with pytest.raises(spd.InputError, match=message):
             spd.load_task("gsm8k", tmp_path).calibration()
     with pytest.raises(spd.InputError, match="limit"):
         spd.evaluate(None, None, spd.load_task("gsm8k", made_records), limit=0)
+
+
+@pytest.mark.parametrize(("answer", "number"), [('"145"', "145"), ("145", "145"), ("145.0", "145"), ("2.5", "2.5")])
+def test_an_answer_of_svamp_is_text_or_a_number(answer, number, tmp_path):
+    (tmp_path / "svamp").mkdir()
+    path = tmp_path / "svamp" / "train.jsonl"
+    path.write_text(f'{{"Body": "b", "Question": "q?", "Equation": "( 290.0 / 2.0 )", "Answer": {answer}}}\n')
+    (example,) = spd.load_task("svamp", tmp_path).calibration()
+    ((start, end),) = example.spans
+    assert same_number(example.text[start:end], number)
+    for wrong in ("true", "null", '"none"'):
+        path.write_text(f'{{"Body": "b", "Question": "q?", "Equation": "e", "Answer": {wrong}}}\n')
+        with pytest.raises(spd.InputError, match=r"Answer: expected str or int or float|does not end in '#### n'"):
+            spd.load_task("svamp", tmp_path).calibration()

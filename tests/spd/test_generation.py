@@ -95,7 +95,8 @@ def test_a_tokenizer_that_drops_a_leading_space_loses_nothing(make_model):
     with torch.no_grad():
         model.lm_head.weight[:2] = -model.lm_head.weight[2:]
     for generation in sample(model, tokenizer, ["Answer:"] * 3, max_new_tokens=4):
-        assert generation.prompt + generation.completion == tokenizer.decode([1, *generation.tokens], skip_special_tokens=True)
+        whole = tokenizer.decode([1, *generation.tokens], skip_special_tokens=True)
+        assert generation.prompt + generation.completion == whole
 
 
 def test_a_file_of_other_weights_is_refused(model, tokenizer, prompts, tmp_path):

@@ -65,7 +65,8 @@ def test_the_folder_holds_what_it_should(finished):
     assert not list(folder.rglob("*.tmp"))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics == [score.to_dict() for score in scores]
-    assert {"torch", "transformers", "peft"} <= set(json.loads((folder / "environment.json").read_text())["versions"])
+    (environment,) = json.loads((folder / "environment.json").read_text())
+    assert {"torch", "transformers", "peft"} <= set(environment["versions"])
 
 
 def test_projected_generations_differ_from_plain_ones(finished):
