@@ -28,6 +28,7 @@ def main(
     if only != "all" and only not in benchmarks:
         raise typer.BadParameter(f"expected all or one of {', '.join(benchmarks)}, got {only!r}")
     console = Console()
+    console.width = max(console.width, 116)  # rather than cut figures
     console.print(machine())
     figures: dict[str, object] = {"machine": machine(), "quick": quick}
     for name, benchmark in benchmarks.items():

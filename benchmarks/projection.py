@@ -70,7 +70,7 @@ def run(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
     """Time every case; a table for people and rows for JSON."""
     table = Table(title="Projection, forward: median µs a call (time relative to eager)", title_justify="left")
     for name in ("operation", "rows", "d", "r", "eager", "dense P", "compiled", "spd_kernels"):
-        table.add_column(name, justify="left" if name == "operation" else "right")
+        table.add_column(name, justify="left" if name == "operation" else "right", no_wrap=True)
     rows = []
     for operation, contenders in (("project", project_contenders), ("project_kv", project_kv_contenders)):
         for case in CASES:

@@ -106,7 +106,7 @@ def test_the_model_is_left_as_it_was(model, tokenizer, examples):
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_half_precision_gradients_do_not_underflow(scaled, model, tokenizer, examples, monkeypatch):
-    """Gradients below 1e-7, where float16 has a bit or none: right with the scaled loss, wrong without (the control)."""
+    """Gradients below 1e-7, where float16 has no digits: right with the scaled loss, wrong without (the control)."""
     with torch.no_grad():
         model.model.norm.weight.mul_(2.0**-9)
         for layer in model.model.layers:
