@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES
+from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    # Before anything imports Triton: kernels are decorated for the interpreter or for a device once and for all.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
     """The device that the kernels run on."""
-    return "cuda" if CUDA else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
