@@ -142,10 +142,11 @@ def _add_batch(
     A half-precision backward pass runs on a scaled loss, because gradients at K underflow float16. If the scaled
     gradients overflow instead, the batch is taken again at a smaller scale; nothing of the failed pass is kept.
     """
+    tokens, real = _padded(batch, input_device(model))
     while True:
         rows = {(site.layer, side): _BatchRows(scale) for site in sites for side in "kv"}
-        with _tapped(sites, rows) as mask:
-            (_loss(model, batch, mask) * scale).backward()
+        with _tapped(sites, rows, real):
+            (_loss(model, batch, tokens, real) * scale).backward()
         broken = [(layer, side, row) for (layer, side), r in rows.items() for row in r.broken_examples()]
         if not broken:
             for key, fresh in rows.items():
@@ -182,17 +183,9 @@ class _BatchRows:
         return [] if self.finite is None else (~self.finite).nonzero().flatten().tolist()
 
 
-class _Mask:
-    """Which positions of the batch in flight are real tokens; (B, T) bool, set by the loss before the forward."""
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-
-
 @contextmanager
-def _tapped(sites: list[Site], rows: dict[tuple[int, str], _BatchRows]) -> Iterator[_Mask]:
+def _tapped(sites: list[Site], rows: dict[tuple[int, str], _BatchRows], real: Tensor) -> Iterator[None]:
     """Forward hooks that tap K and V; nothing below the lowest site is part of the graph."""
-    mask = _Mask()
 
     def hook_for(site: Site, sides: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -200,7 +193,7 @@ def _tapped(sites: list[Site], rows: dict[tuple[int, str], _BatchRows]) -> Itera
                 output = output.detach().requires_grad_()
             for side in sides:
                 projection = site.side(side)
-                tapped = tap(projection.read(output), rows[site.layer, side], mask.value)
+                tapped = tap(projection.read(output), rows[site.layer, side], real)
                 output = projection.write(output, tapped)
             return output
 
@@ -214,21 +207,22 @@ def _tapped(sites: list[Site], rows: dict[tuple[int, str], _BatchRows]) -> Itera
             else:
                 handles.append(site.k.module.register_forward_hook(hook_for(site, "k")))
                 handles.append(site.v.module.register_forward_hook(hook_for(site, "v")))
-        yield mask
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _loss(model: nn.Module, batch: list[EncodedExample], mask: _Mask) -> Tensor:
-    """sum_i L_i over the batch: a sum, so that an example's gradient does not depend on its neighbours."""
-    device = input_device(model)
+def _padded(batch: list[EncodedExample], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T), padded on the right whatever the tokenizer prefers, and which of them are real (B, T) bool."""
     lengths = torch.tensor([len(example.tokens) for example in batch])
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(example.tokens) for example in batch], batch_first=True)
-    real = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
-    tokens = tokens.to(device)
-    mask.value = real
+    return tokens.to(device), (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
 
+
+def _loss(model: nn.Module, batch: list[EncodedExample], tokens: Tensor, real: Tensor) -> Tensor:
+    """sum_i L_i over the batch: a sum, so that an example's gradient does not depend on its neighbours."""
+    device = tokens.device
     rows = torch.tensor([row for row, example in enumerate(batch) for _ in example.targets], device=device)
     targets = torch.tensor([t for example in batch for t in example.targets], device=device)
     weights = torch.tensor([1.0 / len(example.targets) for example in batch for _ in example.targets], device=device)

@@ -125,9 +125,7 @@ def distill(
         if recipe not in PRESETS:
             raise InputError(f"recipe: expected a Recipe or one of {', '.join(PRESETS)}, got {recipe!r}")
         recipe = PRESETS[recipe]
-    refuse_if_attached(model, "distill")
-    if hasattr(model, "peft_config"):
-        raise InputError("model: it carries a peft adapter already; train on the original model")
+    _check_original(model, "distill")
     recipe = replace(recipe, max_length=min(recipe.max_length, position_limit(model) or recipe.max_length))
     examples = [_encode(tokenizer, generation, recipe) for generation in generations]
     examples = [example for example in examples if any(label != _IGNORED for label in example["labels"][1:])]
@@ -144,8 +142,9 @@ def distill(
     }
     work = out.with_name(out.name + ".checkpoints")
     if (out / MANIFEST).is_file():
-        _check_key(out, read_json(out / MANIFEST), key)
-        _check_weights(out, read_json(out / MANIFEST))
+        manifest = read_json(out / MANIFEST)
+        _check_key(out, manifest, key)
+        _check_weights(out, manifest)
         if (work / KEY).is_file():
             shutil.rmtree(work)
         return out
@@ -160,24 +159,19 @@ def distill(
     write_json(work / KEY, key)
 
     with preserved(model), _own_random_numbers(), _own_cache_setting(model):
-        trained = _train(model, examples, recipe, work, label, progress)
-        try:
+        torch.manual_seed(recipe.seed)
+        with _unloaded_at_the_end(model, _with_lora(model, recipe)) as tuned:
+            losses = _train(tuned, examples, recipe, work, label, progress)
             with atomic_folder(out) as temporary:
-                trained.model.save_pretrained(temporary)
-                write_json(
-                    temporary / MANIFEST,
-                    key
-                    | {
-                        "examples": len(examples),
-                        "tokens": sum(len(example["input_ids"]) for example in examples),
-                        "loss": trained.losses,
-                        "weights_sha256": sha256_of_file(temporary / WEIGHTS),
-                        "versions": versions(),
-                    },
-                )
-        finally:
-            trained.model.unload()
-            _forget_adapter(model)
+                tuned.save_pretrained(temporary)
+                result = {
+                    "examples": len(examples),
+                    "tokens": sum(len(example["input_ids"]) for example in examples),
+                    "loss": losses,
+                    "weights_sha256": sha256_of_file(temporary / WEIGHTS),
+                    "versions": versions(),
+                }
+                write_json(temporary / MANIFEST, key | result)
     shutil.rmtree(work)
     return out
 
@@ -191,9 +185,7 @@ def adapted(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
     """
     from peft import PeftModel
 
-    refuse_if_attached(model, "adapted")
-    if hasattr(model, "peft_config"):
-        raise InputError("model: it carries a peft adapter already; use the original model")
+    _check_original(model, "adapted")
     adapter = Path(adapter)
     if not (adapter / MANIFEST).is_file():
         raise InputError(f"{adapter}: no adapter there ({MANIFEST} is missing)")
@@ -201,29 +193,31 @@ def adapted(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
     if manifest.get("config_sha256") != config_hash(model):
         raise InputError(f"{adapter}: trained on {manifest.get('model')!r}, but the model is {model_name(model)!r}")
     _check_weights(adapter, manifest)
-    with preserved(model):
-        tuned = PeftModel.from_pretrained(model, str(adapter))
-        try:
-            yield tuned
-        finally:
-            tuned.unload()
-            _forget_adapter(model)
+    with preserved(model), _unloaded_at_the_end(model, PeftModel.from_pretrained(model, str(adapter))) as tuned:
+        yield tuned
 
 
-@dataclass(frozen=True)
-class _Trained:
-    model: Any
-    losses: list[dict[str, float]]
+def _check_original(model: nn.Module, caller: str) -> None:
+    refuse_if_attached(model, caller)
+    if hasattr(model, "peft_config"):
+        raise InputError(f"{caller}: the model carries a peft adapter already; use the original model")
 
 
-def _train(
-    model: nn.Module, examples: list[dict[str, Any]], recipe: Recipe, work: Path, label: str, progress: bool
-) -> _Trained:
+@contextmanager
+def _unloaded_at_the_end(model: nn.Module, tuned: Any) -> Iterator[Any]:
+    """The peft model inside the block; its layers out of `model` afterwards, with the traces that peft leaves there."""
+    try:
+        yield tuned
+    finally:
+        tuned.unload()
+        for name in ("peft_config", "active_adapter"):
+            if name in vars(model):
+                delattr(model, name)
+
+
+def _with_lora(model: nn.Module, recipe: Recipe) -> Any:
     from peft import LoraConfig, get_peft_model
-    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-    torch.manual_seed(recipe.seed)
-    device = next(model.parameters()).device
     lora = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
@@ -232,7 +226,16 @@ def _train(
         fan_in_fan_out=any(isinstance(site.k.module, Conv1D) for site in find_sites(model).values()),
         task_type="CAUSAL_LM",
     )
-    tuned = get_peft_model(model, lora)
+    return get_peft_model(model, lora)
+
+
+def _train(
+    tuned: Any, examples: list[dict[str, Any]], recipe: Recipe, work: Path, label: str, progress: bool
+) -> list[dict[str, float]]:
+    """Train to the end, from the last whole checkpoint in `work` if there is one; the loss as it was logged."""
+    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+    device = next(tuned.parameters()).device
     steps_per_epoch = math.ceil(len(examples) / recipe.batch_size)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -253,28 +256,21 @@ def _train(
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        fp16=device.type == "cuda" and any(p.dtype == torch.float16 for p in model.parameters()),  # scales the loss
+        fp16=device.type == "cuda" and any(p.dtype == torch.float16 for p in tuned.parameters()),  # scales the loss
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # the model is on one device, and the published batch is the whole batch
-    checkpoint = _last_complete_checkpoint(work)
-    try:
-        trainer = Trainer(model=tuned, args=arguments, train_dataset=examples, data_collator=_collate)
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        trainer.add_callback(_mark_complete_callback())
-        trainer.add_callback(_progress_callback(label, progress))
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except BaseException:
-        tuned.unload()
-        _forget_adapter(model)
-        raise
-    losses = [
+    trainer = Trainer(model=tuned, args=arguments, train_dataset=examples, data_collator=_collate)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_mark_complete_callback())
+    trainer.add_callback(_progress_callback(label, progress))
+    trainer.train(resume_from_checkpoint=_last_complete_checkpoint(work))
+    return [
         {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    return _Trained(tuned, losses)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, generation: Generation, recipe: Recipe) -> dict[str, Any]:
@@ -388,10 +384,3 @@ def _own_cache_setting(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config.use_cache = use_cache
-
-
-def _forget_adapter(model: nn.Module) -> None:
-    """peft leaves its configuration on the base model when it unloads."""
-    for name in ("peft_config", "active_adapter"):
-        if name in vars(model):
-            delattr(model, name)

@@ -40,7 +40,7 @@ def config_hash(model: nn.Module) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of every parameter's name, type, shape and first elements: cheap, and other weights have another one."""
+    """Hash of every parameter's name, type, shape and first 64 elements: cheap, and tells one training from another."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())

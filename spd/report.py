@@ -14,6 +14,12 @@ from spd.spectrum import site_rows
 from spd.subspace import Subspace
 
 SAMPLES = 4
+ARM_MEANING = {
+    "base": "the model as it came",
+    "projected": "K and V projected while it answers, no training",
+    "self-training": "fine-tuned on its own plain completions",
+    "spd": "fine-tuned on its own completions under projection",
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,9 @@ class Sample:
 
 def write_report(folder: str | Path) -> Path:
     """Write `report.html` into a run folder whose `metrics.json` is there; returns its path."""
-    from spd.run import ARM_MEANING
-
     folder = Path(folder)
     config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
-    capabilities = [_capability(folder, name, metrics) for name in config["tasks"]]
+    capabilities = [_capability(folder, name) for name in config["tasks"]]
     environment = Environment(
         loader=PackageLoader("spd", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -67,7 +71,7 @@ def score_table(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _capability(folder: Path, name: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+def _capability(folder: Path, name: str) -> dict[str, Any]:
     subspace = Subspace.from_pretrained(folder / name / "subspace")
     training = {arm: read_json(folder / name / "adapters" / arm / "training.json") for arm in ("plain", "projected")}
     return {

@@ -36,17 +36,9 @@ from spd.generation import Generation, generate
 from spd.intervention import Attachment, attach
 from spd.models import load_model
 from spd.provenance import versions
+from spd.report import write_report
 from spd.subspace import MANIFEST, Subspace
 from spd.tasks import Task, load_task
-
-ARMS = ("base", "projected", "self-training", "spd")
-ARM_MEANING = {
-    "base": "the model as it came",
-    "projected": "K and V projected while it answers, no training",
-    "self-training": "fine-tuned on its own plain completions",
-    "spd": "fine-tuned on its own completions under projection",
-}
-
 
 _WITHOUT_EFFECT = {"device", "calibration.batch_size", "generation.batch_size", "evaluation.batch_size"}
 """What a resumed run may change: results depend on these by rounding only."""
@@ -111,8 +103,6 @@ class _Run:
         for capability in self.capabilities:
             scores += self.improve(capability)
         write_json(self.folder / "metrics.json", [score.to_dict() for score in scores])
-        from spd.report import write_report
-
         with self.stage("report", "report.html"):
             write_report(self.folder)
         return scores

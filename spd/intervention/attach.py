@@ -100,7 +100,8 @@ def attach(
     subspace.check_model(model)
     targets = _targets(find_sites(model), subspace, sides)
 
-    obstacle = next(filter(None, (why_not_fold(model, each) for each in targets)), None)
+    wanted = () if mode == "hook" else targets
+    obstacle = next(filter(None, (why_not_fold(model, each) for each in wanted)), None)
     if mode == "fold" and obstacle:
         raise InputError(f'mode "fold" cannot be used here: {obstacle}; mode "hook" can')
     form = Hook if mode == "hook" or obstacle else Fold
