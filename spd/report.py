@@ -20,6 +20,7 @@ ARM_MEANING = {
     "self-training": "fine-tuned on its own plain completions",
     "spd": "fine-tuned on its own completions under projection",
 }
+ARMS = tuple(ARM_MEANING)
 
 
 @dataclass(frozen=True)

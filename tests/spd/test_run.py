@@ -15,10 +15,8 @@ from filelock import FileLock
 
 import spd
 from spd.config import parse_config
-from spd.report import ARM_MEANING, write_report
+from spd.report import ARMS, write_report
 from spd.run import run
-
-ARMS = tuple(ARM_MEANING)
 
 
 def config_for(checkpoint, made_records, **changes):
