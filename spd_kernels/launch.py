@@ -11,6 +11,7 @@ from typing import Literal, cast, get_args
 import torch
 
 Implementation = Literal["auto", "triton", "reference"]
+Architecture = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
 ENVIRONMENT = "SPD_KERNELS_IMPLEMENTATION"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,6 +69,24 @@ def processors(device: torch.device) -> int:
 @functools.cache
 def _cuda_processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def architecture(device: torch.device) -> Architecture:
+    """The table of launch configurations that serves a device; the interpreter walks those of sm_90.
+
+    Consumer GPUs (sm_86, sm_89, sm_120) have 99 KiB of shared memory a block, within which the table of sm_80 keeps.
+    """
+    if device.type != "cuda":
+        return "sm_90"
+    return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_architecture(index: int) -> Architecture:
+    if torch.version.hip is not None:
+        return "gfx942"
+    served: dict[int, Architecture] = {9: "sm_90", 10: "sm_100", 11: "sm_100"}
+    return served.get(torch.cuda.get_device_capability(index)[0], "sm_80")
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:

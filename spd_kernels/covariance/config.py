@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spd_kernels.launch import Architecture
+
 # Rows are converted to fp64 in chunks of this size, whatever the number of rows. On one core of an EPYC with 16 MiB of
 # L3 cache to itself, 4 to 32 MiB were within 15 % of one another and 64 MiB a third slower.
 CHUNK_BYTES = 8 * 2**20
@@ -36,19 +38,19 @@ NARROW = MomentsConfig(block_n=64, block_d=64, num_warps=4, num_stages=3)
 WIDE = MomentsConfig(block_n=64, block_d=128, num_warps=8, num_stages=2)
 
 
-def choose(d: int) -> MomentsConfig:
+def choose(d: int, architecture: Architecture) -> MomentsConfig:
     """The configuration for rows of this width."""
     return NARROW if d <= NARROW.block_d else WIDE
 
 
-def shipped() -> tuple[MomentsConfig, ...]:
-    """Every configuration that `choose` can return."""
+def shipped(architecture: Architecture) -> tuple[MomentsConfig, ...]:
+    """Every configuration that `choose` can return on an architecture."""
     return (NARROW, WIDE)
 
 
-def rows_per_split(n_rows: int, d: int, processors: int) -> int:
+def rows_per_split(n_rows: int, d: int, block_d: int, processors: int) -> int:
     """Rows a program sums: enough programs for two on every processor, within the bounds above."""
-    tiles = -(-d // choose(d).block_d)
+    tiles = -(-d // block_d)
     triangle = tiles * (tiles + 1) // 2
     wanted = -(-n_rows * triangle // (2 * processors))
     rows = min(max(wanted, MIN_ROWS_PER_SPLIT), MAX_ROWS_PER_SPLIT)

@@ -96,8 +96,8 @@ def launch_moments(
     if n_rows > _MAX_ROWS:
         raise ValueError(f"g: expected at most {_MAX_ROWS} rows; got {n_rows}")
 
-    config = choose(d)
-    split_rows = rows_per_split(n_rows, d, launch.processors(g.device))
+    config = choose(d, launch.architecture(g.device))
+    split_rows = rows_per_split(n_rows, d, config.block_d, launch.processors(g.device))
     splits = min(triton.cdiv(n_rows, split_rows), max(1, PARTIAL_BYTES // (4 * d * d)), _MAX_SPLITS)
     if out is None:
         partial_sums = torch.empty((splits, d), dtype=torch.float32, device=g.device)

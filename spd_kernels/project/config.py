@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spd_kernels.launch import Architecture
+
 
 @dataclass(frozen=True, slots=True)
 class ProjectConfig:
@@ -50,7 +52,7 @@ THIRTY_TWO_BIT_FEW = (
 )
 
 
-def choose(n_rows: int, rank: int, itemsize: int) -> ProjectConfig:
+def choose(n_rows: int, d: int, rank: int, itemsize: int, architecture: Architecture) -> ProjectConfig:
     """The configuration for so many rows, this (larger) rank and this element size."""
     few = n_rows <= FEW_ROWS
     table: tuple[ProjectConfig, ...]
@@ -64,8 +66,19 @@ def choose(n_rows: int, rank: int, itemsize: int) -> ProjectConfig:
     return table[-1]
 
 
-def shipped(itemsize: int) -> tuple[ProjectConfig, ...]:
+def shipped(itemsize: int, architecture: Architecture) -> tuple[ProjectConfig, ...]:
     """Every configuration that `choose` can return for this element size."""
     if itemsize == 2:
         return SIXTEEN_BIT_MANY + SIXTEEN_BIT_FEW
     return THIRTY_TWO_BIT_MANY + THIRTY_TWO_BIT_FEW
+
+
+def columns_per_program(tiles: int, d: int, config: ProjectConfig, processors: int) -> int:
+    """Columns of y that one program writes: all of them, unless so few tiles of rows leave processors idle.
+
+    Programs that share a tile each read its rows and all of U, and write a slice of the columns: U's way through one
+    multiprocessor is what a short decode step waits for, and half of it, the second product's, is thus divided.
+    """
+    step = config.block_w if config.streamed else config.block_k
+    slices = min(-(-d // step), max(1, processors // tiles))
+    return -(-d // (slices * step)) * step

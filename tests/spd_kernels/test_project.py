@@ -67,11 +67,11 @@ def test_every_configuration_writes_every_output(rank: int, dtype: torch.dtype, 
 def test_configurations_follow_rows_and_rank() -> None:
     for itemsize in (2, 4):
         for n, tall in ((1, False), (config.FEW_ROWS, False), (config.FEW_ROWS + 1, True)):
-            chosen = [config.choose(n, rank, itemsize) for rank in range(1, 600)]
+            chosen = [config.choose(n, 1024, rank, itemsize, "sm_90") for rank in range(1, 600)]
             assert all(c.block_w >= rank for rank, c in enumerate(chosen, start=1) if not c.streamed)
             assert all((c.block_n > 16) == tall for c in chosen)
             assert chosen[-1].streamed and not chosen[0].streamed
-            assert set(chosen) <= set(config.shipped(itemsize))
+            assert set(chosen) <= set(config.shipped(itemsize, "sm_90"))
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -215,7 +215,7 @@ def test_pair_is_one_launch(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(kernel, "project_kv_kernel", Counting())
     x, u = normal(40, 16, seed=28, device=device), orthonormal(16, 4, seed=29, device=device)
     project_kv(x, x, u, u[:, :2], implementation="triton")
-    assert launches == [(3, 2)]
+    assert launches == [(3, 2, 1)]
 
 
 class TestTheorems:

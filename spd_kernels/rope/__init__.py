@@ -1,0 +1,1 @@
+"""Projection, per-head RMSNorm and rotary embedding of keys in one pass."""
