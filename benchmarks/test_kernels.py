@@ -1,33 +1,32 @@
-"""The same cases under pytest-benchmark: `pytest benchmarks --benchmark-group-by=param:case` and its `--compare`."""
+"""Small cases under pytest-benchmark: `pytest benchmarks --benchmark-group-by=param:case` and its `--compare`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.projection import CASES, Case, project_contenders, project_kv_contenders
+from benchmarks.case import Case, Draw
+from benchmarks.kernels import contenders
+from benchmarks.operations import cpu_cases
 from spd_kernels import GradientCovariance
 
 pytest.importorskip("pytest_benchmark")
 
-CONTENDERS = ["eager", "dense P", "compiled", "spd_kernels"]
+SMALL = [case for case in cpu_cases() if case.work.flops < 1e9]
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rows}x{case.width}, r={case.rank}")
-def test_project(benchmark: Any, case: Case, contender: str) -> None:
-    benchmark(project_contenders(case)[contender])
-
-
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rows}x{case.width}, r={case.rank}")
-def test_project_kv(benchmark: Any, case: Case, contender: str) -> None:
-    benchmark(project_kv_contenders(case)[contender])
+@pytest.mark.parametrize(
+    ("case", "contender"),
+    [pytest.param(case, name, id=f"{case.name}-{name}") for case in SMALL for name in case.contenders],
+)
+def test_kernel(benchmark: Any, case: Case, contender: str) -> None:
+    benchmark(contenders(case, compiled=False)[contender])
 
 
 @pytest.mark.parametrize("d", [128, 512, 1024])
 def test_covariance_update(benchmark: Any, d: int) -> None:
-    rows, _ = Case(4096, d, 1).tensors()
+    rows = Draw(torch.device("cpu"), torch.float32, seed=0).normal(4096, d)
     covariance = GradientCovariance(d)
     benchmark(covariance.update, rows)

@@ -1,0 +1,1 @@
+"""One command that tests, tunes and times the kernels on a GPU: `python -m benchmarks.gpu --help`."""
