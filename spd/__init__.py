@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from spd.evaluation import Evaluation, evaluate
     from spd.example import Example
     from spd.generation import Generation, generate
-    from spd.intervention import Attachment, attach
+    from spd.intervention.attach import Attachment, attach
+    from spd.intervention.latent_cache import cache_bytes
     from spd.models import load_model
+    from spd.planner import Plan, Prediction, plan
     from spd.subspace import Basis, Subspace
     from spd.tasks import Question, Task, load_task
 
@@ -30,6 +32,7 @@ __version__ = version.__version__
 _HOME = {
     "Attachment": "spd.intervention",
     "attach": "spd.intervention",
+    "cache_bytes": "spd.intervention",
     "calibrate": "spd.calibration",
     "Recipe": "spd.distillation",
     "adapted": "spd.distillation",
@@ -41,6 +44,9 @@ _HOME = {
     "Generation": "spd.generation",
     "generate": "spd.generation",
     "load_model": "spd.models",
+    "Plan": "spd.planner",
+    "Prediction": "spd.planner",
+    "plan": "spd.planner",
     "Basis": "spd.subspace",
     "Subspace": "spd.subspace",
     "Question": "spd.tasks",
@@ -55,18 +61,22 @@ __all__ = [
     "Example",
     "Generation",
     "InputError",
+    "Plan",
+    "Prediction",
     "Question",
     "Recipe",
     "Subspace",
     "Task",
     "adapted",
     "attach",
+    "cache_bytes",
     "calibrate",
     "distill",
     "evaluate",
     "generate",
     "load_model",
     "load_task",
+    "plan",
 ]
 
 

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from spd.planner import Plan
     from spd.run import Score
     from spd.subspace import Subspace
 
 UsageError: Any = typer.BadParameter.__base__  # of the click that typer carries, or in older versions imports
 INTERRUPTED = 130  # as a shell counts SIGINT; typer returns it for a Ctrl-C, older versions raise Abort
 UNBOUNDED = 10_000  # columns
-RESUMABLE = ("run", "demo", "generate", "distill")
+RESUMABLE = ("run", "demo", "generate", "distill", "long-context")
 
 app = typer.Typer(
     name="spd",
@@ -272,6 +273,111 @@ def inspect(
         typer.echo(plot)
 
 
+@app.command("long-context")
+def long_context(
+    out: Annotated[Path, typer.Option(help="Folder for results, figures and report; resumed.")] = Path(
+        "runs/long-context"
+    ),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help='Checkpoint folder, hub name, or "recall", which is carried.', show_default="recall"
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights instead: llama-3.1-8b, qwen2.5-7b, small or tiny.")
+    ] = None,
+    subspace: Annotated[
+        Path | None, typer.Option(help="Measure this subspace.", show_default="one calibrated on needles")
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Tokens.")] = "512,1024,2048,4096",
+    parts: Annotated[
+        str | None, typer.Option(help="Out of decode, retrieval and perplexity.", show_default="all; of a shape decode")
+    ] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(help="To decode in: unprojected, static, fold, hook, latent_v, latent.", show_default="all"),
+    ] = None,
+    decode_rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank to decode with.", show_default="16; of a shape 64")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How often a mode is timed.")] = 7,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a row.")] = 16,
+    ranks: Annotated[str, typer.Option(help="Ranks of retrieval and perplexity.")] = "4,8,16,32,48",
+    layers: Annotated[
+        str, typer.Option(help='Choices of layers: "paper", "all", or indices; "paper;all;1,2".')
+    ] = "paper;all",
+    haystacks: Annotated[int, typer.Option(min=1, help="Texts to retrieve from.")] = 16,
+    needles: Annotated[int, typer.Option(min=1, help="Facts in each.")] = 16,
+    windows: Annotated[int, typer.Option(min=2, help="Texts that perplexity is taken over.")] = 12,
+    text: Annotated[
+        Path | None, typer.Option(help="File to take perplexity over.", show_default="generated text")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of texts and random subspaces.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Measure long contexts: memory and time by mode, retrieval and perplexity by rank and layers."""
+    from spd.long_context import Settings, run
+    from spd.long_context.settings import MODES, PARTS, RECALL
+
+    if model and shape:
+        raise InputError("--model and --shape: give one of them")
+    settings = Settings(
+        model=None if shape else model or RECALL,
+        shape=shape,
+        subspace=str(subspace) if subspace else None,
+        parts=_names(parts) if parts else ("decode",) if shape else PARTS,
+        contexts=_numbers("--contexts", contexts),
+        modes=_names(modes) if modes else MODES,
+        decode_rank=decode_rank or (64 if shape else 16),
+        batch=batch,
+        rounds=rounds,
+        tokens=tokens,
+        ranks=_numbers("--ranks", ranks),
+        layers=tuple(layers.replace(" ", "").split(";")),
+        haystacks=haystacks,
+        needles=needles,
+        windows=windows,
+        text=str(text) if text else None,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    typer.echo(run(settings, out, progress=not quiet, say=_say(quiet)))
+
+
+@app.command()
+def plan(
+    model: Model,
+    subspace: Annotated[Path, typer.Option(help="Subspace folder.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens a sequence in the cache.")],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    refresh: Annotated[bool, typer.Option(help="Measure the machine's constants anew.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Rank the modes of projecting by predicted time and memory, and say why."""
+    import json
+
+    import spd
+    from spd import machine
+
+    loaded, _ = spd.load_model(model, dtype=dtype, device=device)
+    found = spd.Subspace.from_pretrained(subspace, loaded)
+    if refresh:
+        machine.load(loaded.device, loaded.dtype, refresh=True, progress=not quiet)
+    chosen = spd.plan(loaded, found, context=context, batch=batch, progress=not quiet)
+    if as_json:
+        typer.echo(json.dumps(chosen.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        _print_plan(chosen)
+
+
 def main() -> NoReturn:
     """Entry point. One line and a status for what can go wrong: 2 bad input, 1 a failing disk, 130 an interrupt."""
     _quieten_libraries()
@@ -328,6 +434,17 @@ def _layers(text: str) -> str | list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f'--layers: expected "paper", "all" or indices such as 3,7, got {text!r}') from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option}: expected numbers such as 1024,4096, got {text!r}") from None
 
 
 def _check_projection(subspace: Path | None, mode: str, sides: str) -> None:
@@ -409,6 +526,31 @@ def _print_spectra(title: str, subspace: Subspace) -> None:
             sparkline(row.singular_values, columns=28),  # with which the table has 80 columns at most
         )
     _console().print(table)
+
+
+def _print_plan(plan: Plan) -> None:
+    from rich.table import Table
+
+    from spd.planner import size_text, time_text
+
+    title = f"Decoding with {plan.context} tokens in the cache, batch {plan.batch}, {plan.dtype}: {plan.device}"
+    table = Table(header_style="bold")
+    for name in ("mode", "a step", "tokens/s", "cache", "weights", "bound by"):
+        table.add_column(name, justify="left" if name in ("mode", "bound by") else "right", no_wrap=True)
+    for each in plan.predictions:
+        if not each.possible:
+            table.add_row(each.mode, *["-"] * 4, "not possible")
+            continue
+        speed = f"{plan.batch / each.seconds:.3g}"
+        sizes = size_text(each.cache_bytes), size_text(each.weight_bytes)
+        bound = each.limit + (", does not fit" if each.fits is False else "")
+        table.add_row(each.mode, time_text(each.seconds), speed, *sizes, bound)
+    console = _console()
+    console.print(title, style="italic", highlight=False, soft_wrap=True)
+    console.print(table)
+    for each in plan.predictions[1:]:
+        typer.echo(f"{each.mode}: {each.why}")
+    typer.echo(f"choice: {plan.explanation}")
 
 
 def _console() -> Console:

@@ -41,7 +41,7 @@ class CalibrationSettings(_Section):
 class InterventionSettings(_Section):
     """The arguments of `spd.attach`."""
 
-    mode: Literal["auto", "hook", "fold"] = "auto"
+    mode: Literal["auto", "hook", "fold", "latent_v", "latent"] = "auto"
     sides: Literal["kv", "k", "v"] = "kv"
     a: float = Field(default=0.0, allow_inf_nan=False)
     b: float = Field(default=1.0, allow_inf_nan=False)

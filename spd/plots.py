@@ -37,7 +37,7 @@ def _as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     return svg
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Any]]:
+def blank_figure(width: float, height: float, panels: int = 1, *, sharey: bool = True) -> tuple[Figure, list[Any]]:
     """`panels` axes, at most PANELS_A_ROW side by side; `width` and `height` are one panel's, in inches."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[
     columns = min(panels, PANELS_A_ROW)
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
     for empty in axes[panels:]:
         empty.remove()
     axes = axes[:panels]
@@ -70,7 +70,7 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[
 def spectra_figure(subspace: Subspace) -> Figure:
     """Singular values relative to the first, one panel a layer, with the rank cut and the energy it keeps."""
     layers = subspace.layers
-    figure, axes = _figure(3.4 if len(layers) < PANELS_A_ROW else 2.8, 2.8, len(layers))
+    figure, axes = blank_figure(3.4 if len(layers) < PANELS_A_ROW else 2.8, 2.8, len(layers))
     for axis, layer in zip(axes, layers, strict=True):
         for side in "kv":
             basis = subspace.side(side)[layer]
@@ -94,7 +94,7 @@ spectra = _as_svg(spectra_figure)
 
 @_as_svg
 def training_loss(losses: dict[str, list[dict[str, float]]]) -> Figure:
-    figure, (axis,) = _figure(3.4, 2.6)
+    figure, (axis,) = blank_figure(3.4, 2.6)
     for name, entries in losses.items():
         steps, values = [entry["step"] for entry in entries], [entry["loss"] for entry in entries]
         axis.plot(steps, values, color=TRAINING_COLOUR[name], linewidth=1.6, label=TRAINING_NAME[name])
@@ -110,7 +110,7 @@ def accuracy_bars(metrics: list[dict[str, Any]]) -> Figure:
     capabilities = list(dict.fromkeys(score["capability"] for score in metrics if score["capability"]))
     tests = list(dict.fromkeys(score["task"] for score in metrics))
     groups = [(name, test) for name in capabilities for test in tests if name == test or name not in tests]
-    figure, (axis,) = _figure(min(2.0 + 1.9 * len(groups), 12), 2.8)
+    figure, (axis,) = blank_figure(min(2.0 + 1.9 * len(groups), 12), 2.8)
     arms = list(ARM_COLOUR)
     for position, (capability, test) in enumerate(groups):
         for offset, arm in enumerate(arms):

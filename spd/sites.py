@@ -65,11 +65,12 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One layer's K and V."""
+    """One layer's K and V, and the attention module that they belong to."""
 
     layer: int
     k: Projection
     v: Projection
+    attention: nn.Module
 
     @property
     def width(self) -> int:
@@ -159,6 +160,7 @@ def _site(path: str, module: nn.Module, layer: int) -> Site | None:
             layer,
             Projection(f"{path}.k_proj", k_proj, whole, width, fused=False),
             Projection(f"{path}.v_proj", v_proj, whole, width, fused=False),
+            module,
         )
     layout = _FUSED.get(type(module).__name__)
     return layout(path, module, layer) if layout else None
@@ -167,12 +169,12 @@ def _site(path: str, module: nn.Module, layer: int) -> Site | None:
 def _phi3(path: str, module: Any, layer: int) -> Site:
     """Rows are [q | k | v]."""
     width = module.num_key_value_heads * module.head_dim
-    return _contiguous(f"{path}.qkv_proj", module.qkv_proj, layer, width, total=module.qkv_proj.out_features)
+    return _contiguous(f"{path}.qkv_proj", module, module.qkv_proj, layer, width, total=module.qkv_proj.out_features)
 
 
 def _gpt2(path: str, module: Any, layer: int) -> Site:
     """The last axis is [q | k | v]; the module is a Conv1D, its weight (inputs, features)."""
-    return _contiguous(f"{path}.c_attn", module.c_attn, layer, module.embed_dim, total=3 * module.embed_dim)
+    return _contiguous(f"{path}.c_attn", module, module.c_attn, layer, module.embed_dim, total=3 * module.embed_dim)
 
 
 def _gpt_neox(path: str, module: Any, layer: int) -> Site:
@@ -185,12 +187,14 @@ def _gpt_neox(path: str, module: Any, layer: int) -> Site:
         layer,
         Projection(name, linear, k, k.numel(), fused=True),
         Projection(name, linear, v, v.numel(), fused=True),
+        module,
     )
 
 
-def _contiguous(path: str, linear: nn.Module, layer: int, width: int, total: int) -> Site:
+def _contiguous(path: str, module: nn.Module, linear: nn.Module, layer: int, width: int, total: int) -> Site:
     k, v = slice(total - 2 * width, total - width), slice(total - width, total)
-    return Site(layer, Projection(path, linear, k, width, fused=True), Projection(path, linear, v, width, fused=True))
+    sides = (Projection(path, linear, columns, width, fused=True) for columns in (k, v))
+    return Site(layer, *sides, module)
 
 
 _FUSED = {"Phi3Attention": _phi3, "GPT2Attention": _gpt2, "GPTNeoXAttention": _gpt_neox}

@@ -90,13 +90,33 @@ def _cuda_architecture(index: int) -> Architecture:
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensors' device current: Triton launches on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Makes the tensors' device current, where it is not: Triton launches on the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def float32_precision() -> str:
     """What tl.dot does with fp32 operands: IEEE fp32 unless the user allowed TF32 in PyTorch."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """What tl.dot is told: it looks at it for fp32 operands alone, and asking PyTorch takes more than a microsecond."""
+    return float32_precision() if dtype is torch.float32 else "ieee"
+
+
+def needs_operator(*tensors: torch.Tensor) -> bool:
+    """Whether PyTorch must see an operator and not a bare launch: something records, traces or transforms the call
+    (autograd, torch.compile, forward AD, functorch, a dispatch mode, a tensor subclass)."""
+    return (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
+        or any([type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter for t in tensors])
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def flatten_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:

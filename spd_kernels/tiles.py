@@ -54,10 +54,12 @@ def contract(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CLEAR: tl.constexpr = True,
 ):
     """x U of a tile of rows and a block of directions, (BLOCK_N, BLOCK_W) in fp32, in steps of BLOCK_K over d.
 
     x_rows (BLOCK_N, 1) and u_columns (1, BLOCK_W) point at column 0 of the rows and at row 0 of the directions.
+    CLEAR makes c zero for missing directions, which those who store c need not ask for.
     """
     c = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
     for start in range(0, d, BLOCK_K):
@@ -66,6 +68,8 @@ def contract(
         x = tl.load(x_rows + (offsets_d * stride_xd)[None, :], mask=mask_n[:, None] & mask_d[None, :], other=0.0)
         u = tl.load(u_columns + (offsets_d * stride_ud)[:, None], mask=mask_d[:, None] & mask_r[None, :], other=0.0)
         c = dot(x, u, c, WIDEN, PRECISION)
+    if CLEAR:  # an infinity in x times the zeros that stand for missing directions is not a number
+        c = tl.where(mask_r[None, :], c, 0.0)
     return c
 
 

@@ -1,5 +1,6 @@
 """Projecting K and V of a model, and taking the projection out again."""
 
 from spd.intervention.attach import Attachment, attach, refuse_if_attached
+from spd.intervention.latent_cache import cache_bytes
 
-__all__ = ["Attachment", "attach", "refuse_if_attached"]
+__all__ = ["Attachment", "attach", "cache_bytes", "refuse_if_attached"]

@@ -1,14 +1,15 @@
 """Projecting K and V of a model: `spd.attach`.
 
-Two forms of the same intervention K <- a K + b K U_K U_Kᵀ (and V alike). `hook` computes it on the outputs of k_proj
+Four forms of the same intervention K <- a K + b K U_K U_Kᵀ (and V alike). `hook` computes it on the outputs of k_proj
 and v_proj and is the reference; `fold` multiplies it into their weights, W <- a W + b U Uᵀ W, and costs nothing.
+`latent_v` and `latent` project as the hook does and cache V, or both, as the r numbers a token that are left of them.
 """
 
 from __future__ import annotations
 
 import math
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, get_args
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 from spd.errors import InputError
 from spd.intervention.fold import Fold, why_not_fold
 from spd.intervention.hook import Hook
-from spd.intervention.target import Target
-from spd.sites import Site, find_sites
+from spd.intervention.target import Form, LatentMode, Target, find_targets
+from spd.sites import find_sites
 from spd.subspace import Subspace
 
-Mode = Literal["auto", "hook", "fold"]
-MODES = ("auto", "hook", "fold")
+Mode = Literal["auto"] | Form
+MODES = ("auto", *get_args(Form))
 
 
 class _Installed(Protocol):
@@ -36,11 +37,11 @@ class Attachment:
     """An intervention in place. A context manager, and a handle: `.remove()` puts the model back, any number of times.
 
     Attributes:
-        mode: the form in use, "hook" or "fold".
+        mode: the form in use: "hook", "fold", "latent_v" or "latent".
     """
 
-    def __init__(self, modules: list[nn.Module], mode: Literal["hook", "fold"], installed: _Installed) -> None:
-        self.mode: Literal["hook", "fold"] = mode
+    def __init__(self, modules: list[nn.Module], mode: Form, installed: _Installed) -> None:
+        self.mode: Form = mode
         self._modules = modules
         self._installed: _Installed | None = installed
         _ATTACHED.update((module, mode) for module in modules)
@@ -69,6 +70,8 @@ def attach(
     sides: Literal["kv", "k", "v"] | str = "kv",
     a: float = 0.0,
     b: float = 1.0,
+    context: int | None = None,
+    batch: int | None = None,
 ) -> Attachment:
     """Replace K and V at the subspace's layers by a K + b K U_K U_Kᵀ and a V + b V U_V U_Vᵀ.
 
@@ -80,10 +83,14 @@ def attach(
         model: a causal language model of transformers.
         subspace: a subspace calibrated on a model of the same configuration.
         mode: "fold" (exact, no cost while running), "hook" (the reference), or "auto": fold where it can be done,
-            else hook.
+            else hook. "latent_v" projects as the hook does and keeps V as latents in
+            the cache that generation makes, "latent" K and V; both need a = 0, b = 1 and a cache that starts empty.
         sides: which of K and V.
         a: weight of the unprojected activation.
         b: weight of the projection.
+        context: with mode "auto": tokens a sequence that will be cached. The mode is then the first of `spd.plan` that
+            this model and these arguments allow, latent modes included.
+        batch: with a context: sequences decoded together; None is 1.
 
     Raises:
         InputError: the subspace belongs to another model, the mode cannot be used on it (the message says why and
@@ -96,10 +103,18 @@ def attach(
     for name, value in (("a", a), ("b", b)):
         if isinstance(value, Tensor) or not math.isfinite(value):
             raise InputError(f"{name}: expected a finite number, got {value!r}")
+    if context is None and batch is not None:
+        raise InputError(f"batch: expected a context beside it, got batch = {batch!r} alone")
+    if context is not None and mode != "auto":
+        raise InputError(f'context: expected mode "auto", which chooses by it, got mode {mode!r}')
     refuse_if_attached(model, "attach")
+    if context is not None:
+        return _attach_planned(model, subspace, sides, a, b, context, 1 if batch is None else batch)
     subspace.check_model(model)
-    targets = _targets(find_sites(model), subspace, sides)
+    targets = find_targets(find_sites(model), subspace, sides)
 
+    if mode in ("latent_v", "latent"):
+        return _attach_latent(model, mode, targets, sides, a, b)
     wanted = () if mode == "hook" else targets
     obstacle = next(filter(None, (why_not_fold(model, each) for each in wanted)), None)
     if mode == "fold" and obstacle:
@@ -108,30 +123,41 @@ def attach(
     return Attachment([each.projection.module for each in targets], form.mode, form(targets, a, b))
 
 
+def _attach_planned(
+    model: nn.Module, subspace: Subspace, sides: str, a: float, b: float, context: int, batch: int
+) -> Attachment:
+    from spd.planner import plan
+
+    ranked = [each.mode for each in plan(model, subspace, context=context, batch=batch).predictions if each.possible]
+    for mode in ranked:
+        # The plan knows neither sides nor a and b, and only a trial tells whether latents give the right logits.
+        try:
+            return attach(model, subspace, mode=mode, sides=sides, a=a, b=b)
+        except InputError:
+            if mode == ranked[-1]:
+                raise
+    raise AssertionError("mode hook is always possible")
+
+
+def _attach_latent(
+    model: nn.Module, mode: LatentMode, targets: list[Target], sides: str, a: float, b: float
+) -> Attachment:
+    from spd.intervention.latent_probe import install_latent
+
+    if (a, b) != (0.0, 1.0):
+        raise InputError(
+            f'mode "{mode}": expected a = 0 and b = 1, since what is kept of a token is its projection alone, got '
+            f'a = {a:g} and b = {b:g}; modes "fold" and "hook" can be used'
+        )
+    needed = "kv" if mode == "latent" else "v"
+    if not set(needed) <= set(sides):
+        raise InputError(f'mode "{mode}": expected sides that include {needed!r}, got {sides!r}')
+    installed = install_latent(model, mode, targets)
+    return Attachment([each.projection.module for each in targets], mode, installed)
+
+
 def refuse_if_attached(model: nn.Module, caller: str) -> None:
     """Raise InputError if an intervention is in place on `model`."""
     mode = next((_ATTACHED[module] for module in model.modules() if module in _ATTACHED), None)
     if mode is not None:
         raise InputError(f"{caller}: the model carries an intervention already (mode {mode!r}); remove it first")
-
-
-def _targets(sites: dict[int, Site], subspace: Subspace, sides: str) -> list[Target]:
-    targets = []
-    for layer in subspace.layers:
-        if layer not in sites:
-            raise InputError(f"subspace: it has layer {layer}, but the model's layers with K and V are {list(sites)}")
-        site = sites[layer]
-        for side in sides:
-            projection, basis = site.side(side), subspace.side(side)[layer].basis
-            if basis.shape[0] != projection.width:
-                raise InputError(
-                    f"subspace: {side.upper()} of layer {layer} has d = {basis.shape[0]}, "
-                    f"but {projection.path} gives {projection.width} features"
-                )
-            if hasattr(projection.module, "base_layer"):
-                raise InputError(
-                    f"model: {projection.path} carries an adapter ({type(projection.module).__name__}), whose output "
-                    "an intervention on the base layer would miss; merge or unload the adapter first"
-                )
-            targets.append(Target(layer, side, projection, basis))
-    return targets

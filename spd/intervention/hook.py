@@ -16,14 +16,14 @@ class Hook:
     mode: Literal["hook"] = "hook"
 
     def __init__(self, targets: Sequence[Target], a: float, b: float) -> None:
-        self._handles = [each.projection.module.register_forward_hook(_ProjectOutput(each, a, b)) for each in targets]
+        self._handles = [each.projection.module.register_forward_hook(ProjectOutput(each, a, b)) for each in targets]
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
 
-class _ProjectOutput:
+class ProjectOutput:
     """A forward hook. The basis follows the activations' dtype and device, one copy for each that is met."""
 
     def __init__(self, target: Target, a: float, b: float) -> None:

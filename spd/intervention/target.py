@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from spd.sites import Projection
+from spd.errors import InputError
+from spd.sites import Projection, Site
+from spd.subspace import Subspace
+
+Form = Literal["hook", "fold", "latent_v", "latent"]
+LatentMode = Literal["latent_v", "latent"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,3 +23,27 @@ class Target:
     side: str
     projection: Projection
     basis: Tensor
+    attention: nn.Module
+
+
+def find_targets(sites: dict[int, Site], subspace: Subspace, sides: str) -> list[Target]:
+    """What a subspace changes in a model; raises InputError where the two do not go together."""
+    targets = []
+    for layer in subspace.layers:
+        if layer not in sites:
+            raise InputError(f"subspace: it has layer {layer}, but the model's layers with K and V are {list(sites)}")
+        site = sites[layer]
+        for side in sides:
+            projection, basis = site.side(side), subspace.side(side)[layer].basis
+            if basis.shape[0] != projection.width:
+                raise InputError(
+                    f"subspace: {side.upper()} of layer {layer} has d = {basis.shape[0]}, "
+                    f"but {projection.path} gives {projection.width} features"
+                )
+            if hasattr(projection.module, "base_layer"):
+                raise InputError(
+                    f"model: {projection.path} carries an adapter ({type(projection.module).__name__}), whose output "
+                    "an intervention on the base layer would miss; merge or unload the adapter first"
+                )
+            targets.append(Target(layer, side, projection, basis, site.attention))
+    return targets

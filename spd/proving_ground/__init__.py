@@ -26,3 +26,8 @@ TASKS: dict[str, GeneratedTask] = {task.name: task for task in _TASKS}
 def checkpoint() -> Path:
     """The folder of the shipped model and its tokenizer."""
     return Path(__file__).with_name("checkpoint")
+
+
+def recall_checkpoint() -> Path:
+    """The folder of the shipped model of 4096 positions, which looks up what its context says."""
+    return Path(__file__).with_name("recall_checkpoint")

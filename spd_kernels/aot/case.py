@@ -12,7 +12,7 @@ from spd_kernels.launch import Architecture
 DTYPES = ("bf16", "fp16", "fp32", "tf32")  # tf32: fp32 operands whose products TF32 is allowed for
 SIXTEEN_BIT = ("bf16", "fp16")
 # Every operation with kernels; each has a module `cases` with `cases(architecture, dtypes, *, every=False)`.
-OPERATIONS = ("project", "covariance")
+OPERATIONS = ("project", "routed", "covariance", "rope", "latent_attention")
 
 
 @dataclass(frozen=True)

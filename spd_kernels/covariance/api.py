@@ -1,15 +1,18 @@
-"""The public accumulator of gradient rows."""
+"""The public accumulator of gradient rows, and the update of several at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from spd_kernels.checks import check_rows
 from spd_kernels.covariance.config import CHUNK_BYTES, TRIANGLE_BAND
 from spd_kernels.launch import Implementation, requested, uses_triton
+
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 class GradientCovariance:
@@ -55,11 +58,12 @@ class GradientCovariance:
         """Adds the rows of g (..., d). Rows that are False in mask (g's leading shape, bool) are not rows: nothing of
         them matters, not even NaN. Whether the others are finite is `eigh`'s question."""
         check_rows(g, mask, self.d, self.device)
-        if g.dtype in (torch.float16, torch.bfloat16) and uses_triton(self._implementation, g.device, g.dtype):
-            self._update_sixteen_bit(g, mask)
+        if self._has_kernel(g):
+            from spd_kernels.covariance.kernel import launch_sites
+
+            launch_sites([self._state], [g], [mask])
         else:
-            for rows, keep in _chunks(g, mask):
-                self._update_chunk(rows, keep)
+            self._update_reference(g, mask)
 
     @torch.no_grad()
     def merge(self, other: GradientCovariance) -> None:
@@ -75,6 +79,37 @@ class GradientCovariance:
             self._scatter.mul_(2)
         else:
             self._scatter += scatter
+
+    @torch.no_grad()
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Afterwards every process of the group has the rows of all of them; every one of them must call it.
+
+        Two collectives, of d + 1 and d x d fp64 numbers, on the accumulator's device, and no wait for a GPU. All must
+        have one width; on the CPU a third, of two numbers, finds out before anything is changed, on a GPU finding out
+        would mean waiting.
+
+        Args:
+            group: of `torch.distributed`; None is the default one.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("all_reduce: expected torch.distributed to be initialised (init_process_group)")
+        if dist.get_rank(group) < 0:
+            raise ValueError("group: expected a group that this process belongs to")
+        if self.device.type == "cpu":
+            widths = torch.tensor([self.d, -self.d])
+            dist.all_reduce(widths, dist.ReduceOp.MAX, group)
+            most, least = widths.tolist()
+            if most != -least:
+                raise ValueError(f"all_reduce: expected one width d; got {-least} to {most}, here {self.d}")
+        # The mean of all first: about it, the scatters add up. Chan's formula for any number of parts.
+        totals = torch.cat((self._mean * self._count, self._count[None]))
+        dist.all_reduce(totals, dist.ReduceOp.SUM, group)
+        mean = totals[:-1] / totals[-1].clamp(min=1)
+        scaled = (self._mean - mean) * self._count.sqrt()
+        self._scatter.addr_(scaled, scaled)
+        dist.all_reduce(self._scatter, dist.ReduceOp.SUM, group)
+        self._mean.copy_(mean)
+        self._count.copy_(totals[-1])
 
     def mean(self) -> torch.Tensor:
         """(d,) fp64; zeros before the first row."""
@@ -122,10 +157,21 @@ class GradientCovariance:
     def __repr__(self) -> str:
         return f"GradientCovariance(d={self.d}, count={self.count}, device={str(self.device)!r})"
 
+    @property
+    def _state(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._count, self._mean, self._scatter
+
+    def _has_kernel(self, g: torch.Tensor) -> bool:
+        return g.dtype in _SIXTEEN_BIT and uses_triton(self._implementation, g.device, g.dtype)
+
+    def _update_reference(self, g: torch.Tensor, mask: torch.Tensor | None) -> None:
+        for rows, keep in _chunks(g, mask):
+            self._update_chunk(rows, keep)
+
     def _update_chunk(self, rows: torch.Tensor, keep: torch.Tensor | None) -> None:
         """rows (n, d), of which keep (n,) count: centred, multiplied and merged in fp64."""
         if keep is None:
-            n = self._count.new_tensor(rows.shape[0])
+            n = torch.full_like(self._count, rows.shape[0])
             mean = rows.sum(0, dtype=torch.float64) / n
             centred = rows - mean
         else:
@@ -137,15 +183,6 @@ class GradientCovariance:
             band = slice(start, start + TRIANGLE_BAND)
             self._scatter[band, start:].addmm_(centred[:, band].mT, centred[:, start:])
 
-    def _update_sixteen_bit(self, g: torch.Tensor, mask: torch.Tensor | None) -> None:
-        from spd_kernels.covariance.kernel import launch_moments
-
-        sums, gram = launch_moments(g, mask)
-        n = self._count.new_tensor(g.numel() // self.d) if mask is None else mask.sum(dtype=torch.float64)
-        mean = sums / n.clamp(min=1)
-        self._merge_mean(n, mean)
-        self._scatter += gram.addr_(sums, mean, alpha=-1)
-
     def _merge_mean(self, n: torch.Tensor, mean: torch.Tensor) -> None:
         """Chan's update for n more rows of this mean; their own centred sum of squares is the caller's to add."""
         total = self._count + n
@@ -155,6 +192,41 @@ class GradientCovariance:
         self._scatter.addr_(scaled, scaled)
         self._mean += delta * share
         self._count.copy_(total)
+
+
+@torch.no_grad()
+def update_many(
+    accumulators: Sequence[GradientCovariance],
+    gradients: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor | None] | None = None,
+) -> None:
+    """`accumulator.update(g, mask)` for each in turn: on a GPU, four 16-bit sites of one width and layout a launch.
+
+    All arguments are checked before any accumulator changes. An accumulator may come more than once.
+
+    Args:
+        accumulators: of any widths, on any devices.
+        gradients: as many, each (..., d) of its accumulator.
+        masks: as many, each boolean of its gradient's leading shape or None; None is no mask anywhere.
+    """
+    masks = [None] * len(gradients) if masks is None else masks
+    for name, given in (("gradients", gradients), ("masks", masks)):
+        if len(given) != len(accumulators):
+            raise ValueError(f"{name}: expected {len(accumulators)}, one for each accumulator; got {len(given)}")
+    sites = list(zip(accumulators, gradients, masks, strict=True))
+    for index, (accumulator, g, mask) in enumerate(sites):
+        if not isinstance(accumulator, GradientCovariance):
+            raise TypeError(f"accumulators[{index}]: expected a GradientCovariance; got {type(accumulator).__name__}")
+        check_rows(g, mask, accumulator.d, accumulator.device, f"gradients[{index}]", f"masks[{index}]")
+    launched = [accumulator._has_kernel(g) for accumulator, g, _ in sites]
+    if any(launched):
+        from spd_kernels.covariance.kernel import launch_sites
+
+        chosen = [site for site, has_kernel in zip(sites, launched, strict=True) if has_kernel]
+        launch_sites([a._state for a, _, _ in chosen], [g for _, g, _ in chosen], [mask for _, _, mask in chosen])
+    for (accumulator, g, mask), has_kernel in zip(sites, launched, strict=True):
+        if not has_kernel:
+            accumulator._update_reference(g, mask)
 
 
 def _chunks(g: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from spd_kernels.checks import check_pair, check_projection
-from spd_kernels.launch import Implementation, uses_triton
-from spd_kernels.project.op import project_kv_op, project_op
+from spd_kernels.checks import check_in_place, check_pair, check_projection
+from spd_kernels.launch import Implementation, needs_operator, uses_triton
+from spd_kernels.project.op import (
+    overwrite,
+    overwrite_kv,
+    project_inplace_op,
+    project_kv_inplace_op,
+    project_kv_op,
+    project_op,
+)
 from spd_kernels.project.reference import project_reference
 
 
@@ -30,10 +37,16 @@ def project(
             environment variable SPD_KERNELS_IMPLEMENTATION, else "auto".
     """
     check_projection(x, u)
-    # The plain formula needs no operator around it, which costs more than a small projection does.
-    if torch.compiler.is_compiling() or uses_triton(implementation, x.device, x.dtype):
+    # The operator costs the host more than a small projection does: only who needs it pays.
+    if torch.compiler.is_compiling():
         return project_op(x, u, float(a), float(b), implementation)
-    return project_reference(x, u, a, b)
+    if not uses_triton(implementation, x.device, x.dtype):
+        return project_reference(x, u, a, b)
+    if needs_operator(x, u):
+        return project_op(x, u, float(a), float(b), implementation)
+    from spd_kernels.project.kernel import launch_project
+
+    return launch_project(x, u, float(a), float(b))
 
 
 def project_kv(
@@ -53,6 +66,60 @@ def project_kv(
     check_pair(k, v)
     check_projection(k, u_k, "k", "u_k")
     check_projection(v, u_v, "v", "u_v")
-    if torch.compiler.is_compiling() or uses_triton(implementation, k.device, k.dtype):
+    if torch.compiler.is_compiling():
         return project_kv_op(k, v, u_k, u_v, float(a), float(b), implementation)
-    return project_reference(k, u_k, a, b), project_reference(v, u_v, a, b)
+    if not uses_triton(implementation, k.device, k.dtype):
+        return project_reference(k, u_k, a, b), project_reference(v, u_v, a, b)
+    if needs_operator(k, v, u_k, u_v):
+        return project_kv_op(k, v, u_k, u_v, float(a), float(b), implementation)
+    from spd_kernels.project.kernel import launch_project_kv
+
+    return launch_project_kv(k, v, u_k, u_v, float(a), float(b))
+
+
+def project_(
+    x: torch.Tensor,
+    u: torch.Tensor,
+    *,
+    a: float = 0.0,
+    b: float = 1.0,
+    implementation: Implementation | None = None,
+) -> torch.Tensor:
+    """`project` that writes over x, whatever its strides, and returns it.
+
+    There are no gradients: while they are on, neither x nor u may need one (ValueError). Nor may elements of x share
+    memory, as those of an expanded tensor do (ValueError). u may be a view of x's memory: it is read as it was.
+    """
+    check_projection(x, u)
+    check_in_place(x, (u,))
+    if needs_operator(x, u):
+        project_inplace_op(x, u, float(a), float(b), implementation)
+    else:
+        overwrite(x, u, float(a), float(b), implementation)
+    return x
+
+
+def project_kv_(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    u_k: torch.Tensor,
+    u_v: torch.Tensor,
+    *,
+    a: float = 0.0,
+    b: float = 1.0,
+    implementation: Implementation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`project_kv` that writes over k and v and returns them; see `project_`.
+
+    k and v may be interleaved in one storage, as slices of a fused projection are, but share no element (ValueError).
+    """
+    check_pair(k, v)
+    check_projection(k, u_k, "k", "u_k")
+    check_projection(v, u_v, "v", "u_v")
+    check_in_place(k, (u_k, u_v), "k")
+    check_in_place(v, (u_k, u_v), "v")
+    if needs_operator(k, v, u_k, u_v):
+        project_kv_inplace_op(k, v, u_k, u_v, float(a), float(b), implementation)
+    else:
+        overwrite_kv(k, v, u_k, u_v, float(a), float(b), implementation)
+    return k, v

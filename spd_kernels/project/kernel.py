@@ -9,6 +9,10 @@ every tile, so that it stays in the L2 cache. See csrc_notes/project.md.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -96,6 +100,97 @@ def _project_tile(
 
 
 @triton.jit
+def contract_streamed(
+    x_rows,
+    u_ptr,
+    c_rows,
+    mask_n,
+    d,
+    r,
+    stride_xd,
+    stride_ud,
+    stride_ur,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLAB: tl.constexpr,
+):
+    """c = x U of a tile of rows into memory, a block of directions at a time; a slab has room for missing rows."""
+    for start_r in range(0, r, BLOCK_W):
+        offsets_r = span(start_r, BLOCK_W, WIDE)
+        mask_r = offsets_r < r
+        u_columns = u_ptr + (offsets_r * stride_ur)[None, :]
+        c = contract(
+            x_rows,
+            u_columns,
+            mask_n,
+            mask_r,
+            d,
+            stride_xd,
+            stride_ud,
+            WIDEN,
+            PRECISION,
+            WIDE,
+            BLOCK_N,
+            BLOCK_W,
+            BLOCK_K,
+            CLEAR=False,
+        )
+        mask = mask_r[None, :] if SLAB else mask_n[:, None] & mask_r[None, :]
+        tl.store(c_rows + offsets_r[None, :], c.to(c_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def expand_streamed(
+    c_rows,
+    x_rows,
+    y_rows,
+    u_ptr,
+    mask_n,
+    first,
+    last,
+    r,
+    a,
+    b,
+    stride_xd,
+    stride_yd,
+    stride_ud,
+    stride_ur,
+    HAS_A: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLAB: tl.constexpr,
+):
+    """y = a x + b c U^T of a tile of rows, columns first .. last - 1, with c from memory; may write where x lies."""
+    for start_d in range(first, last, BLOCK_W):
+        offsets_d = span(start_d, BLOCK_W, WIDE)
+        mask_d = offsets_d < last
+        mask = mask_n[:, None] & mask_d[None, :]
+        y = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
+        for start_r in range(0, r, BLOCK_K):
+            offsets_r = span(start_r, BLOCK_K, WIDE)
+            mask_r = offsets_r < r
+            mask_u = mask_d[:, None] & mask_r[None, :]
+            mask_c = mask_r[None, :] if SLAB else mask_n[:, None] & mask_r[None, :]
+            c = tl.load(c_rows + offsets_r[None, :], mask=mask_c, other=0.0)
+            u = tl.load(
+                u_ptr + (offsets_d * stride_ud)[:, None] + (offsets_r * stride_ur)[None, :], mask=mask_u, other=0.0
+            )
+            y = dot(c, tl.trans(u), y, WIDEN, PRECISION)
+        y = b * y
+        if HAS_A:
+            y += a * tl.load(x_rows + (offsets_d * stride_xd)[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_rows + (offsets_d * stride_yd)[None, :], y.to(y_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _project_tile_streamed(
     x_ptr,
     u_ptr,
@@ -134,49 +229,49 @@ def _project_tile_streamed(
     x_rows = x_ptr + row_offsets(rows, inner_rows, stride_xo, stride_xi)[:, None]
     y_rows = y_ptr + row_offsets(rows, inner_rows, stride_yo, stride_yi)[:, None]
     c_rows = c_ptr + (local_rows * stride_c)[:, None]
-
-    for start_r in range(0, r, BLOCK_W):
-        offsets_r = span(start_r, BLOCK_W, WIDE)
-        mask_r = offsets_r < r
-        u_columns = u_ptr + (offsets_r * stride_ur)[None, :]
-        c = contract(
-            x_rows,
-            u_columns,
-            mask_n,
-            mask_r,
-            d,
-            stride_xd,
-            stride_ud,
-            WIDEN,
-            PRECISION,
-            WIDE,
-            BLOCK_N,
-            BLOCK_W,
-            BLOCK_K,
-        )
-        tl.store(c_rows + offsets_r[None, :], c.to(c_ptr.dtype.element_ty), mask=mask_r[None, :])
-
+    contract_streamed(
+        x_rows,
+        u_ptr,
+        c_rows,
+        mask_n,
+        d,
+        r,
+        stride_xd,
+        stride_ud,
+        stride_ur,
+        WIDEN,
+        PRECISION,
+        WIDE,
+        BLOCK_N,
+        BLOCK_W,
+        BLOCK_K,
+        SLAB=True,
+    )
     tl.debug_barrier()  # every thread's part of c is written before any thread reads it
-
-    for start_d in range(first, last, BLOCK_W):
-        offsets_d = span(start_d, BLOCK_W, WIDE)
-        mask_d = offsets_d < last
-        mask = mask_n[:, None] & mask_d[None, :]
-        y = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
-        for start_r in range(0, r, BLOCK_K):
-            offsets_r = span(start_r, BLOCK_K, WIDE)
-            mask_r = offsets_r < r
-            mask_u = mask_d[:, None] & mask_r[None, :]
-            c = tl.load(c_rows + offsets_r[None, :], mask=mask_r[None, :], other=0.0)
-            u = tl.load(
-                u_ptr + (offsets_d * stride_ud)[:, None] + (offsets_r * stride_ur)[None, :], mask=mask_u, other=0.0
-            )
-            y = dot(c, tl.trans(u), y, WIDEN, PRECISION)
-        y = b * y
-        if HAS_A:
-            y += a * tl.load(x_rows + (offsets_d * stride_xd)[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_rows + (offsets_d * stride_yd)[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
+    expand_streamed(
+        c_rows,
+        x_rows,
+        y_rows,
+        u_ptr,
+        mask_n,
+        first,
+        last,
+        r,
+        a,
+        b,
+        stride_xd,
+        stride_yd,
+        stride_ud,
+        stride_ur,
+        HAS_A,
+        WIDEN,
+        PRECISION,
+        WIDE,
+        BLOCK_N,
+        BLOCK_W,
+        BLOCK_K,
+        SLAB=True,
+    )
     tl.debug_barrier()  # c is read before the next tile of this program overwrites it
 
 
@@ -288,11 +383,11 @@ def project_kernel(
     u_ptr,
     y_ptr,
     c_ptr,
+    a,
+    b,
     n_rows,
     d,
     slice_d,
-    a,
-    b,
     stride_c,
     inner_rows,
     stride_xo,
@@ -355,11 +450,11 @@ def project_kv_kernel(
     u_v_ptr,
     y_v_ptr,
     c_ptr,
+    a,
+    b,
     n_rows,
     d,
     slice_d,
-    a,
-    b,
     stride_c,
     inner_rows_k,
     stride_ko,
@@ -427,7 +522,10 @@ def project_kv_kernel(
 
 
 # Tile numbers times BLOCK_N are 32-bit.
-_MAX_ROWS = 2**31 - 256
+MAX_ROWS = 2**31 - 256
+
+Side = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # x, u, out
+Layout = tuple[torch.Size, tuple[int, ...], torch.Size, tuple[int, ...], bool]  # of x and of u; whether out is x
 
 
 def launch_project(
@@ -460,80 +558,98 @@ def launch_project_kv(
 
 
 def _launch(
-    kernel: triton.JITFunction,
-    sides: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], ...],
-    a: float,
-    b: float,
-    config: ProjectConfig | None,
+    kernel: triton.JITFunction, sides: tuple[Side, ...], a: float, b: float, config: ProjectConfig | None
 ) -> list[torch.Tensor]:
     x = sides[0][0]
-    d = x.shape[-1]
-    n_rows = x.numel() // d
-    if n_rows > _MAX_ROWS:
-        raise ValueError(f"x: expected at most {_MAX_ROWS} rows; got {n_rows}")
-    rank = max(u.shape[1] for _, u, _ in sides)
-    outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out for x, _, out in sides]
-    if n_rows == 0:
-        return outputs
-
-    if config is None:
-        config = choose(n_rows, d, rank, x.element_size(), launch.architecture(x.device))
-    processors = launch.processors(x.device)
-    row_tiles = triton.cdiv(n_rows, config.block_n)
-    in_place = any(out is x for x, _, out in sides)
-    # A program in place must be the only reader of its rows.
-    slice_d = d if in_place else columns_per_program(row_tiles * len(sides), d, config, processors)
-    slices = triton.cdiv(d, slice_d)
-    programs = row_tiles
-    slab, stride_c = outputs[0], 0
-    if config.streamed:
-        programs = min(programs, max(1, 2 * processors // (len(sides) * slices)))
-        stride_c = triton.cdiv(rank, config.block_w) * config.block_w
-        slab = torch.empty((slices * len(sides) * programs * config.block_n, stride_c), dtype=x.dtype, device=x.device)
-
+    dtype, device = x.dtype, x.device
+    layouts = tuple([(x.shape, x.stride(), u.shape, u.stride(), out is x) for x, u, out in sides])
+    plan = _plan(layouts, dtype, device, a != 0.0, launch.precision(dtype), config)
+    outputs: list[torch.Tensor] = []
     pointers: list[torch.Tensor] = []
-    layouts: list[int] = []
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-    reach = 0
-    for (x, u, _), y in zip(sides, outputs, strict=True):
-        rows, inner_rows, stride_o, stride_i = launch.flatten_rows(x)
-        stride_d = rows.stride(-1)
-        if y is not x:
-            target, target_strides = y, (inner_rows * d, d, 1)
-        else:
-            target, target_strides = rows, (stride_o, stride_i, stride_d)
-            if rows is not x:
-                copies.append((x, rows))
-        pointers += [rows, u, target]
-        layouts += [inner_rows, stride_o, stride_i, stride_d, *target_strides, u.shape[1], u.stride(0), u.stride(1)]
-        reach = max(reach, _padded(d) * stride_d, _padded(d) * u.stride(0) + _padded(rank) * u.stride(1))
-    with launch.guard(x.device):
-        kernel[(programs, len(sides), slices)](
-            *pointers,
-            slab,
-            n_rows,
-            d,
-            slice_d,
-            a,
-            b,
-            stride_c,
-            *layouts,
-            HAS_A=a != 0.0,
-            WIDEN=tiles.INTERPRETING and x.dtype is torch.bfloat16,
-            PRECISION=launch.float32_precision(),
-            WIDE=reach >= 2**31,
-            STREAMED=config.streamed,
-            BLOCK_N=config.block_n,
-            BLOCK_W=config.block_w,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    for x, rows in copies:
-        x.copy_(rows)
+    for (x, u, out), copied in zip(sides, plan.copied, strict=True):
+        y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        rows = x.contiguous() if copied else x
+        outputs.append(y)
+        pointers += (rows, u, rows if y is x else y)
+    if not plan.grid[0]:
+        return outputs
+    slab = pointers[0] if plan.slab is None else torch.empty(plan.slab, dtype=dtype, device=device)
+    with launch.guard(device):
+        kernel[plan.grid](*pointers, slab, a, b, *plan.integers, **plan.constants)
+    for (x, _, out), rows in zip(sides, pointers[::3], strict=True):
+        if out is x and rows is not x:
+            x.copy_(rows)
     return outputs
 
 
-def _padded(size: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a launch takes besides the tensors and a, b."""
+
+    grid: tuple[int, int, int]
+    copied: tuple[bool, ...]  # sides whose leading axes do not merge into two
+    slab: tuple[int, int] | None
+    integers: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+# Bounded, for sequence lengths may be of any number.
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    layouts: tuple[Layout, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    has_a: bool,
+    precision: str,
+    config: ProjectConfig | None,
+) -> Plan:
+    """A launch follows from the layouts alone, and working it out costs the host more than the launch itself."""
+    shape = layouts[0][0]
+    d = shape[-1]
+    n_rows = shape[:-1].numel()
+    if n_rows > MAX_ROWS:
+        raise ValueError(f"x: expected at most {MAX_ROWS} rows; got {n_rows}")
+    rank = max(u_shape[1] for _, _, u_shape, _, _ in layouts)
+    if config is None:
+        config = choose(n_rows, d, rank, dtype.itemsize, launch.architecture(device))
+    processors = launch.processors(device)
+    tiles_n = triton.cdiv(n_rows, config.block_n)
+    # A program in place must be the only reader of its rows.
+    in_place = any(layout[-1] for layout in layouts)
+    slice_d = d if in_place or not n_rows else columns_per_program(tiles_n * len(layouts), d, config, processors)
+    slices = triton.cdiv(d, slice_d)
+    programs, slab, stride_c = tiles_n, None, 0
+    if config.streamed:
+        programs = min(programs, max(1, 2 * processors // (len(layouts) * slices)))
+        stride_c = triton.cdiv(rank, config.block_w) * config.block_w
+        slab = (slices * len(layouts) * programs * config.block_n, stride_c)
+
+    copied: list[bool] = []
+    integers: list[int] = [n_rows, d, slice_d, stride_c]
+    reach = 0
+    for x_shape, x_stride, (_, r), (stride_ud, stride_ur), writes_x in layouts:
+        x = torch.empty_strided(x_shape, x_stride, device="meta")
+        rows, inner_rows, stride_o, stride_i = launch.flatten_rows(x)
+        stride_d = rows.stride(-1)
+        target = (stride_o, stride_i, stride_d) if writes_x else (inner_rows * d, d, 1)
+        copied.append(rows is not x)
+        integers += (inner_rows, stride_o, stride_i, stride_d, *target, r, stride_ud, stride_ur)
+        reach = max(reach, padded(d) * stride_d, padded(d) * stride_ud + padded(rank) * stride_ur)
+    constants = {
+        "HAS_A": has_a,
+        "WIDEN": tiles.INTERPRETING and dtype is torch.bfloat16,
+        "PRECISION": precision,
+        "WIDE": reach >= 2**31,
+        "STREAMED": config.streamed,
+        "BLOCK_N": config.block_n,
+        "BLOCK_W": config.block_w,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return Plan((programs, len(layouts), slices), tuple(copied), slab, tuple(integers), constants)
+
+
+def padded(size: int) -> int:
     """Largest index that a masked block over this size can address, plus one."""
     return size + 256

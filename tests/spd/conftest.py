@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, MORE_FAMILIES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
     """`make_model(family, **config)`: a random model with weights large enough for its logits to differ."""
 
     def make(family: str = "qwen3", seed: int = 0, **changes: object) -> PreTrainedModel:
-        name, widths = FAMILIES[family]
+        name, widths = (FAMILIES | MORE_FAMILIES)[family]
         tokens = {"vocab_size": len(tokenizer), "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
         limit = {"n_positions" if family == "gpt2" else "max_position_embeddings": 512}
         stem = "Gemma3Text" if name == "Gemma3" else name

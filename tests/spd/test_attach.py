@@ -155,7 +155,7 @@ def test_a_subspace_of_other_layers_or_widths_is_refused(model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "latent"}, "mode"),
+        ({"mode": "factor"}, "mode"),
         ({"sides": "q"}, "sides"),
         ({"a": float("nan")}, "a: expected a finite number"),
         ({"b": float("inf")}, "b: expected a finite number"),
