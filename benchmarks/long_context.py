@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from spd.errors import InputError
 from spd.long_context import Settings, resumes, run
 
 RECALL = Settings(layers=("paper", "0", "all"))
@@ -31,9 +32,9 @@ SMALL = Settings(
 def quick(settings: Settings) -> Settings:
     """Fewer rounds, texts and ranks: to see the curves, not to quote them."""
     if settings.shape:
-        return replace(settings, contexts=(4096, 16384), rounds=3, tokens=3)
+        return replace(settings, rounds=3, tokens=3)
     texts = replace(settings, ranks=(4, 16, 32), layers=("paper", "all"), haystacks=6, windows=4)
-    return replace(texts, contexts=(1024, 4096), rounds=3, tokens=8)
+    return replace(texts, contexts=(1024, 2048, 4096), rounds=3, tokens=8)
 
 
 def main(
@@ -51,9 +52,11 @@ def main(
         if only in ("all", name):
             folder = out / name
             chosen = quick(settings) if small else settings
-            typer.echo(
-                run(chosen, folder, again=not resumes(chosen, folder), say=lambda line: typer.echo(line, err=True))
-            )
+            again = not resumes(chosen, folder)
+            try:
+                typer.echo(run(chosen, folder, again=again, say=lambda line: typer.echo(line, err=True)))
+            except InputError as error:
+                raise typer.BadParameter(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from rich.table import Table
 import spd
 from benchmarks.timing import machine as description
 from spd.files import write_json
+from spd.intervention.machine import FORMS, Machine, Stopwatch, load
+from spd.intervention.planner import predict, shape_of
 from spd.intervention.target import Form
-from spd.machine import FORMS, Machine, Stopwatch, load
-from spd.planner import predict, shape_of
 
 # kv_heads and head_dim by d; four query heads share a key head, as in Llama 3 and Mistral.
 SHAPES = {128: (2, 64), 256: (2, 128), 512: (4, 128), 1024: (8, 128)}

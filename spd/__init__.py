@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from spd.generation import Generation, generate
     from spd.intervention.attach import Attachment, attach
     from spd.intervention.latent_cache import cache_bytes
+    from spd.intervention.planner import Plan, Prediction, plan
     from spd.models import load_model
-    from spd.planner import Plan, Prediction, plan
     from spd.subspace import Basis, Subspace
     from spd.tasks import Question, Task, load_task
 
@@ -44,9 +44,9 @@ _HOME = {
     "Generation": "spd.generation",
     "generate": "spd.generation",
     "load_model": "spd.models",
-    "Plan": "spd.planner",
-    "Prediction": "spd.planner",
-    "plan": "spd.planner",
+    "Plan": "spd.intervention.planner",
+    "Prediction": "spd.intervention.planner",
+    "plan": "spd.intervention.planner",
     "Basis": "spd.subspace",
     "Subspace": "spd.subspace",
     "Question": "spd.tasks",

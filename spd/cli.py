@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from spd.planner import Plan
+    from spd.intervention.planner import Plan
     from spd.run import Score
     from spd.subspace import Subspace
 
@@ -365,7 +365,7 @@ def plan(
     import json
 
     import spd
-    from spd import machine
+    from spd.intervention import machine
 
     loaded, _ = spd.load_model(model, dtype=dtype, device=device)
     found = spd.Subspace.from_pretrained(subspace, loaded)
@@ -531,7 +531,7 @@ def _print_spectra(title: str, subspace: Subspace) -> None:
 def _print_plan(plan: Plan) -> None:
     from rich.table import Table
 
-    from spd.planner import size_text, time_text
+    from spd.intervention.planner import size_text, time_text
 
     title = f"Decoding with {plan.context} tokens in the cache, batch {plan.batch}, {plan.dtype}: {plan.device}"
     table = Table(header_style="bold")

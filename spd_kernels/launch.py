@@ -124,6 +124,8 @@ def flatten_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
 
     Every layout whose leading axes merge into at most two is addressed in place; any other is copied.
     """
+    if x.numel() == 0:
+        return x, 1, 0, 0
     axes: list[tuple[int, int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from spd.errors import InputError
 from spd.intervention.fold import Fold, why_not_fold
 from spd.intervention.hook import Hook
+from spd.intervention.latent_probe import install_latent
+from spd.intervention.planner import plan
 from spd.intervention.target import Form, LatentMode, Target, find_targets
 from spd.sites import find_sites
 from spd.subspace import Subspace
@@ -126,8 +128,6 @@ def attach(
 def _attach_planned(
     model: nn.Module, subspace: Subspace, sides: str, a: float, b: float, context: int, batch: int
 ) -> Attachment:
-    from spd.planner import plan
-
     ranked = [each.mode for each in plan(model, subspace, context=context, batch=batch).predictions if each.possible]
     for mode in ranked:
         # The plan knows neither sides nor a and b, and only a trial tells whether latents give the right logits.
@@ -142,8 +142,6 @@ def _attach_planned(
 def _attach_latent(
     model: nn.Module, mode: LatentMode, targets: list[Target], sides: str, a: float, b: float
 ) -> Attachment:
-    from spd.intervention.latent_probe import install_latent
-
     if (a, b) != (0.0, 1.0):
         raise InputError(
             f'mode "{mode}": expected a = 0 and b = 1, since what is kept of a token is its projection alone, got '

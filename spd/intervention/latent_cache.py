@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # A full buffer grows by a sixty-fourth of itself and at least so many tokens: little is spare, and a token added costs
 # the copying of sixty-four.
-_GROWTH, _LEAST_GROWTH = 64, 16
+GROWTH, LEAST_GROWTH = 64, 16
 
 
 class _LatentLayer(CacheLayerMixin):
@@ -204,7 +204,7 @@ def _append(stored: Tensor, new: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (new.requires_grad or stored.requires_grad):
         return torch.cat((stored, new), dim=2)
     if total > _capacity(stored):
-        room = total + max(_LEAST_GROWTH, total // _GROWTH)
+        room = total + max(LEAST_GROWTH, total // GROWTH)
         buffer = new.new_empty((batch, heads, room, width))
         buffer[:, :, :tokens] = stored
         stored = buffer

@@ -18,7 +18,8 @@ CHUNK_BYTES = 2 * 2**20
 # Query rows of a program, the least that tl.dot takes: 4 key heads of 4 query heads each fill it in decoding.
 BLOCK_H = 16
 
-# Programs for every multiprocessor: two of 4 warps are resident at once, and one loads while the other multiplies.
+# Programs for every multiprocessor: of those with 4 warps two are resident at once, and one loads while the other
+# multiplies; of those with 8 warps the second begins where the first ends.
 PROGRAMS_PER_PROCESSOR = 2
 
 
@@ -50,10 +51,15 @@ DENSE_16 = (
     LatentAttentionConfig(64, 64, 128, 64, num_warps=4, num_stages=3),
     LatentAttentionConfig(64, 256, 128, 64, num_warps=4, num_stages=2),
 )
+DENSE_16_SM_90 = (
+    DENSE_16[0],
+    LatentAttentionConfig(64, 256, 128, 64, num_warps=8, num_stages=3),
+    LatentAttentionConfig(64, 512, 128, 64, num_warps=8, num_stages=2),
+)
 # Rows of U_K are read once a tile by every program: the taller the tile, the less they weigh.
 LATENT_16_SM_90 = (
     LatentAttentionConfig(128, 64, 32, 64, num_warps=8, num_stages=3),
-    LatentAttentionConfig(64, 128, 16, 32, num_warps=4, num_stages=2, streamed=True),
+    LatentAttentionConfig(128, 128, 32, 64, num_warps=8, num_stages=2, streamed=True),
 )
 # Elsewhere taller or wider tiles spill.
 LATENT_16 = (
@@ -67,7 +73,7 @@ LATENT_16_GFX942 = (LatentAttentionConfig(32, 64, 16, 32, num_warps=4, num_stage
 DENSE_32 = (LatentAttentionConfig(32, 64, 32, 32, num_warps=4, num_stages=2),)
 DENSE_32_SM_80 = (LatentAttentionConfig(32, 64, 32, 32, num_warps=8, num_stages=2),)
 LATENT_32 = (LatentAttentionConfig(32, 32, 16, 16, num_warps=4, num_stages=1, streamed=True),)
-LATENT_32_SM_90 = (LatentAttentionConfig(32, 32, 16, 32, num_warps=4, num_stages=1, streamed=True),)
+LATENT_32_SM_90 = (LatentAttentionConfig(32, 32, 16, 32, num_warps=8, num_stages=1, streamed=True),)
 LATENT_32_GFX942 = (LatentAttentionConfig(32, 64, 16, 32, num_warps=4, num_stages=1, streamed=True),)
 
 
@@ -87,24 +93,40 @@ def shipped(itemsize: int, architecture: Architecture) -> Iterator[tuple[bool, L
             yield latent, config
 
 
-def candidates(latent: bool, itemsize: int, architecture: Architecture) -> tuple[LatentAttentionConfig, ...]:
-    """What is worth timing on a device, the shipped ones first. A streamed one takes any ranks."""
+def candidates(
+    rank_k: int | None, rank_v: int, itemsize: int, architecture: Architecture
+) -> tuple[LatentAttentionConfig, ...]:
+    """What is worth timing on a device for these ranks, the shipped ones first; all compile without a spill."""
+    latent = rank_k is not None
     table = _table(latent, itemsize, architecture)
-    return table if itemsize == 4 else table + _MORE.get((latent, architecture), ())
+    if itemsize == 2:
+        table += _MORE_16.get((latent, architecture), ())
+    return tuple(config for config in table if rank_k is None or config.streamed or rank_k <= config.block_r)
 
 
 def _table(latent: bool, itemsize: int, architecture: Architecture) -> tuple[LatentAttentionConfig, ...]:
     if itemsize == 2:
         if not latent:
-            return DENSE_16
+            return DENSE_16_SM_90 if architecture == "sm_90" else DENSE_16
         return {"sm_90": LATENT_16_SM_90, "gfx942": LATENT_16_GFX942}.get(architecture, LATENT_16)
     if not latent:
         return DENSE_32_SM_80 if architecture == "sm_80" else DENSE_32
     return {"sm_90": LATENT_32_SM_90, "gfx942": LATENT_32_GFX942}.get(architecture, LATENT_32)
 
 
-# All compile without a spill.
-_MORE: dict[tuple[bool, Architecture], tuple[LatentAttentionConfig, ...]] = {}
+_MORE_16: dict[tuple[bool, Architecture], tuple[LatentAttentionConfig, ...]] = {
+    (False, "sm_90"): (
+        LatentAttentionConfig(64, 64, 128, 64, num_warps=4, num_stages=4),
+        LatentAttentionConfig(128, 64, 128, 64, num_warps=4, num_stages=2),
+        LatentAttentionConfig(128, 64, 128, 64, num_warps=8, num_stages=3),
+        DENSE_16[1],
+    ),
+    (True, "sm_90"): (
+        LatentAttentionConfig(128, 64, 32, 64, num_warps=8, num_stages=2),
+        LatentAttentionConfig(64, 128, 32, 64, num_warps=8, num_stages=2, streamed=True),
+        LATENT_16[1],
+    ),
+}
 
 
 def rows_per_program(group_rows: int) -> int:
@@ -116,4 +138,3 @@ def splits_for(tokens: int, programs: int, config: LatentAttentionConfig, proces
     """Splits of the tokens: enough programs for every multiprocessor, none without a tile. Known before any length."""
     tiles = -(-tokens // config.block_t)
     return min(tiles, max(1, PROGRAMS_PER_PROCESSOR * processors // programs))
-

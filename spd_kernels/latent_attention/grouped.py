@@ -43,11 +43,10 @@ def latent_attention_grouped(
             chunk = slice(start, start + step)
             k = expand_heads(c_k[:, chunk], u_k, kv_heads)
             if positions is None:
-                angles = (None, None) if cos is None or sin is None else (cos[chunk], sin[chunk])
-                k = rotated_keys(k, *angles, None, norm_weight, eps, interleaved)
+                where, c, s = None, None if cos is None else cos[chunk], None if sin is None else sin[chunk]
             else:
-                k = rotated_keys(k, cos, sin, positions[:, chunk], norm_weight, eps, interleaved)
-            parts.append(k @ grouped)
+                where, c, s = positions[:, chunk], cos, sin
+            parts.append(rotated_keys(k, c, s, where, norm_weight, eps, interleaved) @ grouped)
         scores = torch.cat(parts, dim=2) if parts else q.new_empty((batch, kv_heads, 0, rows))
     scores = scores.mT.reshape(batch, heads, queries, tokens)
     whole = positions is None and lengths is None

@@ -111,9 +111,7 @@ def _expanded_pair(
             offsets_r = span(start, BLOCK_R, WIDE)
             mask_r = offsets_r < rank
             mask = mask_f[:, None] & mask_r[None, :]
-            part = tl.load(
-                c_rows + (offsets_r * stride_cr)[None, :], mask=mask_t[:, None] & mask_r[None, :], other=0.0
-            )
+            part = tl.load(c_rows + (offsets_r * stride_cr)[None, :], mask=mask_t[:, None] & mask_r[None, :], other=0.0)
             u_1 = tl.load(u_first + (offsets_r * stride_ur)[None, :], mask=mask, other=0.0)
             u_2 = tl.load(u_second + (offsets_r * stride_ur)[None, :], mask=mask, other=0.0)
             first = dot(part, tl.trans(u_1), first, WIDEN, PRECISION)

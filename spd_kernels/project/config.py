@@ -124,7 +124,11 @@ _COEFFICIENTS_16 = (
     ProjectConfig(64, 256, 32, num_warps=8, num_stages=2),
     ProjectConfig(128, 128, 32, num_warps=8, num_stages=3, streamed=True),
 )
-_COEFFICIENTS_32 = (ProjectConfig(64, 64, 32, num_warps=8, num_stages=3), *_TALL_32[1:])
+_COEFFICIENTS_32 = (
+    ProjectConfig(64, 64, 32, num_warps=8, num_stages=3),
+    ProjectConfig(64, 128, 32, num_warps=8, num_stages=3),
+    ProjectConfig(64, 64, 32, num_warps=8, num_stages=2, streamed=True),
+)
 
 # The second launch, by increasing block_r; the last serves larger ranks. A step holds 2 block_n (block_d + block_r)
 # elements.

@@ -2,8 +2,8 @@
 
 Of 16-bit sequences: a tile does what a tile of the plain projection does, in as many registers, so its configurations
 are taken: a routed launch is slower than a plain one only by what routing costs. Of packed rows: a loop over subspaces
-surrounds the passes and takes registers, so these have tables of their own. They also serve 32-bit sequences and those on
-gfx942, where some of the projection's configurations spill once routing is added. None was timed on a device; the
+surrounds the passes and takes registers, so these have tables of their own. They also serve 32-bit sequences and those
+on gfx942, where some of the projection's configurations spill once routing is added. None was timed on a device; the
 arithmetic is in csrc_notes/routed.md, what each compiles to in csrc_notes/aot.md.
 """
 
@@ -17,7 +17,7 @@ from spd_kernels.project.config import ProjectConfig
 
 # The least rows that a tile can have, of which a short decode step uses few.
 SHORT = 16
-# The tables below: up to this many rows, short tiles give no more than one tile to each of an H200's 132 multiprocessors.
+# The tables below: up to this many rows, short tiles give no more than one to each of an H200's 132 multiprocessors.
 FEW_ROWS = 2048
 # No table keeps c of so many directions in registers.
 _UNBOUNDED = 2**20
@@ -31,8 +31,8 @@ class Table:
     many: tuple[ProjectConfig, ...]
 
 
-# All fit the 64 KiB of gfx942 and the 99 KiB of sm_86. Where architectures differ, the steps and warps are those at which
-# neither kernel spills there.
+# All fit the 64 KiB of gfx942 and the 99 KiB of sm_86. Where architectures differ, the steps and warps are those at
+# which neither kernel spills there.
 # 16-bit: up to rank 64, and from 129 to 256, two programs share a multiprocessor of sm_90. At rank 128 and where c is
 # streamed there is one, with 128 rows: with 64, U would come out of the L2 cache twice as often, which then limits.
 _FEW_16 = (

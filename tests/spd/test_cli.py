@@ -15,7 +15,7 @@ from spd.cli import _print_scores, app, main
 from spd.evaluation import Answer, Evaluation
 from spd.run import Score
 
-COMMANDS = ["run", "calibrate", "generate", "distill", "evaluate", "inspect", "demo"]
+COMMANDS = ["run", "calibrate", "generate", "distill", "evaluate", "inspect", "plan", "long-context", "demo"]
 
 
 @dataclass

@@ -366,6 +366,10 @@ def test_settings_name_a_bad_one(changes: dict[str, Any], named: str) -> None:
         ({"ranks": (65,)}, "ranks, decode_rank: expected at most d = 64, got 65"),
         ({"decode_rank": 100}, "ranks, decode_rank: expected at most d = 64, got 100"),
         ({"layers": ("first",)}, "layers: expected"),
+        ({"contexts": (48,)}, "context: expected at least 64 tokens, got 48"),
+        ({"contexts": (128,)}, "context: 128 tokens have no room for 16 needles"),
+        ({"text": "nowhere.txt"}, "text: nowhere.txt cannot be read"),
+        ({"text": __file__}, "text: .* tokens are too few for 12 windows of 4096 tokens"),
         ({"layers": ("7",)}, "layers: the model has no"),
         ({"subspace": "nowhere"}, "nowhere: not a subspace folder"),
         ({"model": str(Path(__file__).parent)}, "model: the folder .* holds no checkpoint"),
@@ -379,13 +383,14 @@ def test_what_the_model_cannot_do_is_refused_at_once(tmp_path: Any, changes: dic
 def test_a_given_subspace_is_measured_up_to_its_rank(folder: Any, tmp_path: Any) -> None:
     out, settings = folder
     given = replace(
-        settings, subspace=str(out / "subspaces" / "all"), parts=("retrieval",), contexts=(256,), ranks=(8,)
+        settings, subspace=str(out / "subspaces" / "all"), parts=("decode", "retrieval"), contexts=(256,), ranks=(8,)
     )
     run(given, tmp_path / "run", progress=False)
     cells_ = json.loads((tmp_path / "run" / "results.json").read_text())["cells"]
+    assert "its first 16 directions" in (tmp_path / "run" / "report.md").read_text()
     earlier = json.loads((out / "results.json").read_text())["cells"]
     assert cells_["retrieval/256/calibrated given 8"]["correct"] == earlier["retrieval/256/calibrated all 8"]["correct"]
-    with pytest.raises(InputError, match=r"^ranks: expected at most 32, the rank of "):
+    with pytest.raises(InputError, match=r"^ranks, decode_rank: expected at most 32, the rank of "):
         run(replace(given, ranks=(48,)), tmp_path / "more", progress=False)
 
 

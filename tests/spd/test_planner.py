@@ -11,10 +11,10 @@ from torch import nn
 from transformers import DynamicCache
 
 import spd
-from spd import machine as machines
 from spd.cli import main
-from spd.machine import Amount, Curve, Machine, Rates
-from spd.planner import TIE, Cost, Layer, Shape, cache_bytes, plan, predict, shape_of, step_cost
+from spd.intervention import machine as machines
+from spd.intervention.machine import Amount, Curve, Machine, Rates
+from spd.intervention.planner import TIE, Cost, Layer, Shape, cache_bytes, plan, predict, shape_of, step_cost
 from spd.sites import find_sites
 
 # A made-up CPU: 10 GB/s, 30 GFLOP/s, tens of microseconds to call things.
@@ -310,7 +310,7 @@ def test_auto_passes_over_what_fails_its_trial(make_model, subspace_of, monkeypa
     def refuse(*arguments):
         raise spd.InputError("other logits")
 
-    monkeypatch.setattr("spd.intervention.latent_probe.install_latent", refuse)
+    monkeypatch.setattr(sys.modules[spd.attach.__module__], "install_latent", refuse)
     with spd.attach(model, subspace_of(model), context=64) as handle:
         assert handle.mode == "fold"
 

@@ -125,7 +125,9 @@ CONFIGURATIONS = {
 def test_every_configuration_writes_every_output(
     itemsize: int, latent: bool, chosen: config.LatentAttentionConfig, device: str
 ) -> None:
-    problem = Problem(batch=1, kv_heads=4, tokens=20, head_dim=16, dtype=torch.bfloat16 if itemsize == 2 else torch.float32)
+    problem = Problem(
+        batch=1, kv_heads=4, tokens=20, head_dim=16, dtype=torch.bfloat16 if itemsize == 2 else torch.float32
+    )
     rank = (chosen.block_r + 5 if chosen.streamed else 9) if latent else None
     arguments = replace(problem, rank_k=rank).tensors(device)
     check(arguments, launch(arguments, config=chosen))
@@ -137,11 +139,10 @@ def test_choices(architecture: Any) -> None:
         shipped = list(config.shipped(itemsize, architecture))
         for rank_k in (None, 1, 64, 65, 512, 1024):
             latent = rank_k is not None
-            candidates = config.candidates(latent, itemsize, architecture)
-            assert {chosen for of_latent, chosen in shipped if of_latent == latent} <= set(candidates)
             for rank_v in (1, 64, 65, 512, 1024):
                 chosen = config.choose(rank_k, rank_v, itemsize, architecture)
                 assert (latent, chosen) in shipped
+                assert chosen in config.candidates(rank_k, rank_v, itemsize, architecture)
                 assert rank_k is None or chosen.streamed or rank_k <= chosen.block_r
 
 
@@ -149,7 +150,9 @@ def test_choices(architecture: Any) -> None:
 @pytest.mark.parametrize("rank_k", [None, 12, 40], ids=["dense", "one block", "streamed"])
 def test_splits_and_slices(splits: int, rank_k: int | None, device: str) -> None:
     """As many as there are tiles, more, and latents of V in slices."""
-    arguments = Problem(batch=1, head_dim=34, tokens=70, rank_k=rank_k, rank_v=36, queries=2, norm=rank_k == 40).tensors(device)
+    arguments = Problem(
+        batch=1, head_dim=34, tokens=70, rank_k=rank_k, rank_v=36, queries=2, norm=rank_k == 40
+    ).tensors(device)
     lengths = torch.tensor([17], device=device)
     chosen = SMALL_STREAMED if rank_k == 40 else SMALL
     for more in ({}, {"lengths": lengths}):
@@ -225,7 +228,8 @@ def test_following_positions_need_few_rows_of_the_table(first: int, device: str)
     problem = Problem(tokens=64, dtype=torch.bfloat16)
     arguments = problem.tensors(device)
     cos, sin = (1.25 * t[first:].float() for t in table(110, problem.head_dim, device))
-    arguments |= {"cos": cos, "sin": sin, "positions": torch.stack([torch.arange(n, n + 64) for n in (0, 21)]).to(device)}
+    positions = torch.arange(64, device=device) + torch.tensor([[0], [21]], device=device)
+    arguments |= {"cos": cos, "sin": sin, "positions": positions}
     holes = torch.ones(cos.shape[0], dtype=torch.bool, device=device)
     holes[:16] = False
     holes[[16, 32, 48, 21, 37, 53, 69]] = False
@@ -263,12 +267,12 @@ def test_layouts(layout: Callable[[torch.Tensor], torch.Tensor], rank_k: int | N
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_any_shape_and_layout(data: st.DataObject, device: str) -> None:
-    group, kv_heads = data.draw(st.sampled_from([1, 3, 4, 8])), data.draw(st.sampled_from([1, 2, 3]))
+    group, kv_heads = data.draw(st.sampled_from([1, 3, 4])), data.draw(st.sampled_from([1, 2]))
     problem = Problem(
         batch=data.draw(st.sampled_from([1, 2])),
         heads=group * kv_heads,
         kv_heads=kv_heads,
-        queries=data.draw(st.integers(1, 5)),
+        queries=data.draw(st.integers(1, 3)),
         head_dim=2 * data.draw(sizes(18)),
         tokens=data.draw(sizes(40)),
         norm=data.draw(st.booleans()),
@@ -290,7 +294,7 @@ def test_any_shape_and_layout(data: st.DataObject, device: str) -> None:
         arguments["lengths"] = torch.tensor([data.draw(st.integers(0, most)) for _ in range(problem.batch)]).to(device)
     chosen = SMALL_STREAMED if rank_k > 16 or data.draw(st.booleans()) else SMALL
     arguments["scale"] = data.draw(st.sampled_from([None, 0.3]))
-    check(arguments, launch(arguments, config=chosen, splits=data.draw(st.integers(1, 4))))
+    check(arguments, launch(arguments, config=chosen, splits=data.draw(st.integers(1, 2))))
 
 
 def test_offsets_past_32_bits(device: str) -> None:
@@ -368,11 +372,10 @@ def test_operator(device: str) -> None:
     arguments = Problem(norm=True).tensors(device)
     arguments["positions"] = padded_positions([0, 9], 40, device)
     for implementation in ("reference", "triton", None):
-        values = (*arguments.values(), implementation)
-        q, c_k, c_v, u_k, u_v, cos, sin, kv_heads, weight, interleaved, positions, implementation = values
         torch.library.opcheck(
             torch.ops.spd_kernels.latent_attention.default,
-            (q, c_k, c_v, u_k, u_v, cos, sin, kv_heads, None, positions, None, weight, 1e-6, interleaved, implementation),
+            (),
+            arguments | {"scale": None, "lengths": None, "eps": 1e-6, "implementation": implementation},
         )
 
 
@@ -391,9 +394,9 @@ def test_compile(implementation: Any, device: str) -> None:
 
 
 def change(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda arguments: arguments | {
-        name: value(arguments[name]) if callable(value) else value for name, value in changes.items()
-    }
+    return lambda arguments: (
+        arguments | {name: value(arguments[name]) if callable(value) else value for name, value in changes.items()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -459,4 +462,5 @@ def test_work_is_what_the_design_counts() -> None:
         work = latent_attention_work(1, 32, 8, 128, 131072, rank_k, rank_v, itemsize=2)
         return 1e6 * H200.seconds(work, torch.bfloat16)
 
-    assert [round(microseconds(*ranks)) for ranks in ((None, None), (64, 64), (None, 64), (512, 512))] == [125, 24, 66, 181]
+    expected = {(None, None): 125, (64, 64): 24, (None, 64): 66, (512, 512): 181}
+    assert {ranks: round(microseconds(*ranks)) for ranks in expected} == expected

@@ -103,7 +103,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Machine:
-    """The constants, all in seconds. `spd.machine.load` gives them.
+    """The constants, all in seconds. `spd.intervention.machine.load` gives them.
 
     Attributes:
         name: the device.

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from spd import machine as machines
 from spd.errors import InputError
+from spd.intervention import machine as machines
 from spd.intervention.fold import why_not_fold
+from spd.intervention.latent_cache import GROWTH, LEAST_GROWTH
 from spd.intervention.latent_probe import refuse_unfit
+from spd.intervention.machine import Amount, Machine
 from spd.intervention.target import Form, Target, find_targets
-from spd.machine import Amount, Machine
 from spd.model_state import input_device, position_limit
 from spd.provenance import model_name
 from spd.sites import Site, depth, find_sites
@@ -30,8 +31,6 @@ Limit = Literal["memory", "arithmetic", "overhead"]
 
 # Modes whose times differ by less are a tie, which the smaller cache wins: no prediction is better than that.
 TIE = 0.03
-# latent_cache.py: a full buffer grows by a sixty-fourth of itself and at least by 16 tokens.
-_GROWTH, _LEAST_GROWTH = 64, 16
 
 
 @dataclass(frozen=True)
@@ -305,7 +304,7 @@ def layer_cost(layer: Layer, machine: Machine, mode: Form, context: int, batch: 
     cached = _layer_bytes(layer, mode, context, batch, itemsize)
     share = 1.0  # of the cache, that is copied for one token
     if mode in ("latent_v", "latent"):
-        share = 1 / max(_LEAST_GROWTH, tokens // _GROWTH)
+        share = 1 / max(LEAST_GROWTH, tokens // GROWTH)
     cost += Cost(memory=machine.append(cached) * share, bytes=2 * cached * share)
 
     if mode != "fold":
