@@ -10,7 +10,7 @@ class RotaryTable:
     """Mode "latent" rotates its keys anew in every step, and needs the angles of every cached position.
 
     Attributes:
-        cos, sin: (positions, head_dim / 2), rows of positions not seen yet undefined.
+        cos, sin: (positions, head_dim / 2); rows of positions not seen yet are NaN, so that no use of them goes unseen.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class RotaryTable:
         room = max(room, 2 * known, 256)
         with torch.inference_mode(False), torch.no_grad():
             # Plain tensors, which may be written inside inference mode and outside of it.
-            cos, sin = (torch.zeros((room, like.shape[-1]), dtype=like.dtype, device=like.device) for _ in range(2))
+            cos, sin = (like.new_full((room, like.shape[-1]), torch.nan) for _ in range(2))
             if known:
                 cos[:known], sin[:known] = self.cos, self.sin
         self.cos, self.sin = cos, sin

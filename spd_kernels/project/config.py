@@ -56,7 +56,7 @@ _DEEP = Table(  # 227 KiB of shared memory
     few=(
         ProjectConfig(16, 64, 128, num_warps=4, num_stages=5),
         ProjectConfig(16, 128, 64, num_warps=4, num_stages=5),
-        ProjectConfig(16, 256, 32, num_warps=4, num_stages=5),
+        ProjectConfig(16, 256, 32, num_warps=8, num_stages=5),
         ProjectConfig(16, 128, 64, num_warps=8, num_stages=5, streamed=True),
     ),
     some=(
@@ -111,14 +111,15 @@ _FOUR_BYTES = Table(
     some=_TALL_32,
     many=_TALL_32,
 )
-_FOUR_BYTES_SM_80 = replace(
-    _FOUR_BYTES,
+_TALL_32_SM_80 = (_TALL_32[0], ProjectConfig(64, 128, 32, num_warps=8, num_stages=2), _TALL_32[2])
+_FOUR_BYTES_SM_80 = Table(
     few=(*_FOUR_BYTES.few[:-1], ProjectConfig(16, 64, 16, num_warps=4, num_stages=2, streamed=True)),
+    some=_TALL_32_SM_80,
+    many=_TALL_32_SM_80,
 )
 
 # The gradients' first launch, rank by rank as above. It holds more addresses than a projection: the tall tiles spill.
 _COEFFICIENTS_16 = (
-    ProjectConfig(128, 16, 64, num_warps=8, num_stages=3),
     ProjectConfig(128, 64, 64, num_warps=8, num_stages=3),
     ProjectConfig(128, 128, 64, num_warps=8, num_stages=2),
     ProjectConfig(64, 256, 32, num_warps=8, num_stages=2),

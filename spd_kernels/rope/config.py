@@ -29,9 +29,10 @@ MAX_HEAD_DIM = 512
 # Up to this many rows, tiles of 16 rows give each of an H200's 132 multiprocessors at most one.
 FEW_ROWS = 2048
 # Registers a thread that the angles of a tile may take for the whole walk over the heads; beyond, every head reads them
-# again, from the first-level cache, as it does where c is streamed. 64 is what 128 rows of 64 pairs take at one angle a
-# pair and 8 warps.
+# again, from the first-level cache, as it does where c is streamed. 64 is what 128 rows of 64 pairs take with 8 warps
+# at one angle a pair. At one an element 64 spilled on sm_80.
 HELD_REGISTERS = 64
+HELD_REGISTERS_FULL = 32
 
 # In each table by increasing block_w: the first that holds the rank serves, else the streamed one at the end.
 _Table = tuple[RopeConfig, ...]
@@ -57,17 +58,10 @@ _WIDE = (
 )
 _FEW = RopeConfig(16, 128, 32, num_warps=4, num_stages=2)
 _FEW_256 = RopeConfig(16, 256, 32, num_warps=4, num_stages=2)
-_RECENT = _Tables(
-    many=(
-        RopeConfig(128, 64, 64, num_warps=8, num_stages=2),
-        RopeConfig(128, 128, 64, num_warps=8, num_stages=2),
-        RopeConfig(64, 256, 32, num_warps=8, num_stages=2),  # two stages of a head of U are 128 KiB
-        RopeConfig(128, 128, 64, num_warps=8, num_stages=3, streamed=True),
-    ),
-    many_wide=_WIDE,
-    few=(_FEW, _FEW_256, _STREAMED_FEW),
-    few_wide=(_FEW, _STREAMED_FEW),
-    widest=(_STREAMED_FEW,),
+_MANY_RECENT = (
+    RopeConfig(128, 64, 64, num_warps=8, num_stages=2),
+    RopeConfig(128, 128, 32, num_warps=8, num_stages=3),  # steps of 64 spill at heads of 80
+    RopeConfig(64, 256, 32, num_warps=8, num_stages=2),  # two stages of a head of U are 128 KiB
 )
 SIXTEEN_BIT: dict[Architecture, _Tables] = {
     # 128 rows of interleaved pairs spill here, and so does rank 256 in registers.
@@ -82,8 +76,20 @@ SIXTEEN_BIT: dict[Architecture, _Tables] = {
         few_wide=(_FEW, _STREAMED_FEW),
         widest=(_STREAMED_FEW,),
     ),
-    "sm_90": _RECENT,
-    "sm_100": _RECENT,
+    "sm_90": _Tables(
+        many=(*_MANY_RECENT, RopeConfig(128, 128, 64, num_warps=8, num_stages=3, streamed=True)),
+        many_wide=_WIDE,
+        few=(_FEW, _FEW_256, _STREAMED_FEW),
+        few_wide=(_FEW, _STREAMED_FEW),
+        widest=(_STREAMED_FEW,),
+    ),
+    "sm_100": _Tables(
+        many=(*_MANY_RECENT, RopeConfig(128, 128, 32, num_warps=8, num_stages=3, streamed=True)),
+        many_wide=_WIDE,
+        few=(_FEW, _FEW_256, _STREAMED_FEW),
+        few_wide=(_FEW, _STREAMED_FEW),
+        widest=(_STREAMED_FEW,),
+    ),
     # 64 KiB of shared memory; with 4 warps a thread may have 512 registers. One stage keeps the many scalars of
     # the streamed tiles within the scalar registers.
     "gfx942": _Tables(
@@ -101,6 +107,7 @@ SIXTEEN_BIT: dict[Architecture, _Tables] = {
 
 # 32-bit. IEEE products hold their operands in registers; with c there too only one tile does not spill.
 _SINGLE_FEW = (RopeConfig(16, 32, 32, num_warps=8, num_stages=2, streamed=True),)
+_SINGLE_FEW_WIDE = (RopeConfig(16, 64, 16, num_warps=8, num_stages=3, streamed=True),)
 _SINGLE = _Tables(
     many=(
         RopeConfig(32, 128, 16, num_warps=8, num_stages=2),
@@ -108,7 +115,7 @@ _SINGLE = _Tables(
     ),
     many_wide=(RopeConfig(32, 64, 16, num_warps=8, num_stages=2, streamed=True),),
     few=_SINGLE_FEW,
-    few_wide=_SINGLE_FEW,
+    few_wide=_SINGLE_FEW_WIDE,
     widest=_SINGLE_FEW,
 )
 _SINGLE_FEW_GFX942 = (RopeConfig(16, 64, 32, num_warps=4, num_stages=1, streamed=True),)
@@ -177,11 +184,8 @@ def padded_half(head_dim: int) -> int:
 
 def holds_angles(config: RopeConfig, head_dim: int, full: bool) -> bool:
     """Whether the angles of a tile stay in registers while its heads pass."""
-    tables = 4 if full else 2
-    return (
-        not config.streamed
-        and config.block_n * padded_half(head_dim) * tables <= HELD_REGISTERS * 32 * config.num_warps
-    )
+    registers = config.block_n * padded_half(head_dim) * (4 if full else 2) // (32 * config.num_warps)
+    return not config.streamed and registers <= (HELD_REGISTERS_FULL if full else HELD_REGISTERS)
 
 
 def heads_per_program(tiles: int, n_heads: int, processors: int) -> int:

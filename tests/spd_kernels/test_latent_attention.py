@@ -126,7 +126,7 @@ def test_every_configuration_writes_every_output(
     itemsize: int, latent: bool, chosen: config.LatentAttentionConfig, device: str
 ) -> None:
     problem = Problem(
-        batch=1, kv_heads=4, tokens=20, head_dim=16, dtype=torch.bfloat16 if itemsize == 2 else torch.float32
+        batch=1, kv_heads=4, tokens=20, head_dim=32, dtype=torch.bfloat16 if itemsize == 2 else torch.float32
     )
     rank = (chosen.block_r + 5 if chosen.streamed else 9) if latent else None
     arguments = replace(problem, rank_k=rank).tensors(device)
