@@ -1,6 +1,8 @@
 # Every target makes its own .venv on first use and brings it up to date when the pins change.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two workers of one thread each: more threads than cores make small matrix products many times slower.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -8,10 +10,10 @@ demo: .venv/ready            ## the whole method on the carried model: a table a
 	$(BIN)/spd demo
 
 test: .venv/ready            ## everything but what is marked slow
-	$(BIN)/python -m pytest
+	$(PARALLEL)
 
 test-slow: .venv/ready       ## the rest
-	$(BIN)/python -m pytest -m slow
+	$(PARALLEL) -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check

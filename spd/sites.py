@@ -193,8 +193,12 @@ def _gpt_neox(path: str, module: Any, layer: int) -> Site:
 
 def _contiguous(path: str, module: nn.Module, linear: nn.Module, layer: int, width: int, total: int) -> Site:
     k, v = slice(total - 2 * width, total - width), slice(total - width, total)
-    sides = (Projection(path, linear, columns, width, fused=True) for columns in (k, v))
-    return Site(layer, *sides, module)
+    return Site(
+        layer,
+        Projection(path, linear, k, width, fused=True),
+        Projection(path, linear, v, width, fused=True),
+        module,
+    )
 
 
 _FUSED = {"Phi3Attention": _phi3, "GPT2Attention": _gpt2, "GPTNeoXAttention": _gpt_neox}

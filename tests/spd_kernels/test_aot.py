@@ -17,7 +17,7 @@ from spd_kernels.launch import Architecture
 def compile_in_a_fresh_process(*options: str) -> list[dict[str, object]]:
     """Kernels of this process may be decorated for the interpreter, which has nothing to compile."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "spd_kernels.aot", "--jobs", "2", *options]
+    command = [sys.executable, "-m", "spd_kernels.aot", *options]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout)
