@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from benchmarks.case import Case
-from benchmarks.operations import covariance, project, rope, routed
+from benchmarks.operations import covariance, latent_attention, project, rope, routed
 
 
 def gpu_cases(*, only: str = "") -> list[Case]:
     """Sizes of a real model, in bf16 unless their label says otherwise."""
-    found = [case for operation in (project, routed, rope, covariance) for case in operation.gpu()]
+    found = [case for operation in (project, routed, rope, latent_attention, covariance) for case in operation.gpu()]
     return [case for case in found if only in case.name]
 
 
 def small_cases(*, only: str = "") -> list[Case]:
     """A few of odd sizes, for a memory checker."""
-    found = [case for operation in (project, routed, rope, covariance) for case in operation.small()]
+    found = [case for operation in (project, routed, rope, latent_attention, covariance) for case in operation.small()]
     return [case for case in found if only in case.name]
 
 
@@ -25,4 +25,4 @@ def tiny_cases(*, only: str = "") -> list[Case]:
 
 def cpu_cases() -> list[Case]:
     """fp32, on the reference path: one call takes a fifth of a second at most."""
-    return [case for operation in (project, routed, rope) for case in operation.cpu()]
+    return [case for operation in (project, routed, rope, latent_attention) for case in operation.cpu()]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from spd.errors import InputError
 from spd.intervention.fold import Fold, why_not_fold
-from spd.intervention.hook import Hook
+from spd.intervention.hook import Hook, ProjectOutput
+from spd.intervention.latent import Capture
 from spd.intervention.latent_probe import install_latent
 from spd.intervention.planner import plan
 from spd.intervention.target import Form, LatentMode, Target, find_targets
@@ -156,6 +157,14 @@ def _attach_latent(
 
 def refuse_if_attached(model: nn.Module, caller: str) -> None:
     """Raise InputError if an intervention is in place on `model`."""
-    mode = next((_ATTACHED[module] for module in model.modules() if module in _ATTACHED), None)
+    mode = next(filter(None, map(_mode_of, model.modules())), None)
     if mode is not None:
         raise InputError(f"{caller}: the model carries an intervention already (mode {mode!r}); remove it first")
+
+
+def _mode_of(module: nn.Module) -> str | None:
+    """The mode of the intervention on this module. A copy of a model under one is in no registry, but has the hooks."""
+    if module in _ATTACHED:
+        return _ATTACHED[module]
+    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, ProjectOutput | Capture)]
+    return "hook" if hooks else None

@@ -35,6 +35,7 @@ class ProjectOutput:
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         key = output.device, output.dtype
         if key not in self._copies:
-            self._copies[key] = self._basis.to(*key)
+            with torch.inference_mode(False):  # training may come after
+                self._copies[key] = self._basis.to(*key)
         activation = self._projection.read(output)
         return self._projection.write(output, project(activation, self._copies[key], a=self._a, b=self._b))

@@ -82,18 +82,22 @@ def find_recipe(
     return None
 
 
-def head_norm_weight(norm: nn.Module, head_dim: int, like: Tensor) -> tuple[Tensor, float] | None:
-    """(weight, eps) if `norm` is a root-mean-square norm over a head, in whatever form it keeps its weight."""
+def rms_eps(norm: nn.Module, head_dim: int, like: Tensor) -> float | None:
+    """eps if `norm` is a root-mean-square norm over a head, in whatever form it keeps its weight; None if not."""
     eps = next((float(e) for n in ("variance_epsilon", "eps") if (e := getattr(norm, n, None)) is not None), None)
     if eps is None or getattr(norm, "bias", None) is not None:
         return None
-    ones = torch.ones(1, head_dim, dtype=like.dtype, device=like.device)
-    weight = norm(ones)[0] * (1.0 + eps) ** 0.5
+    weight = rms_weight(norm, eps, head_dim, like)
     trial = torch.linspace(-1.0, 2.0, head_dim, dtype=torch.float32, device=like.device)[None]
     expected = trial * torch.rsqrt(trial.square().mean(-1, keepdim=True) + eps) * weight
     found = norm(trial.to(like.dtype)).float()
     close = (found - expected).norm() <= 8 * torch.finfo(like.dtype).eps ** 0.5 * expected.norm()
-    return (weight, eps) if weight.shape == (head_dim,) and bool(close) else None
+    return eps if weight.shape == (head_dim,) and bool(close) else None
+
+
+def rms_weight(norm: nn.Module, eps: float, head_dim: int, like: Tensor) -> Tensor:
+    """(head_dim,) what such a norm multiplies by, as it is now."""
+    return norm(torch.ones(1, head_dim, dtype=like.dtype, device=like.device))[0] * (1.0 + eps) ** 0.5
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, Cache
 
 from spd.errors import InputError
 from spd.intervention.hook import ProjectOutput
-from spd.intervention.key_recipe import KeyRecipe, head_norm_weight, key_norm
+from spd.intervention.key_recipe import KeyRecipe, key_norm, rms_eps, rms_weight
 from spd.intervention.latent_cache import make_room
 from spd.intervention.rotary_table import RotaryTable
 from spd.intervention.target import LatentMode, Target
@@ -38,15 +38,12 @@ class Latent:
 
     def __init__(self, mode: LatentMode, targets: Sequence[Target], recipes: dict[int, KeyRecipe]) -> None:
         self.mode: LatentMode = mode
-        tables: dict[Any, RotaryTable] = {}
+        tables: dict[Any, RotaryTable] = {}  # by kind of layer, device and dtype
         self._layers: list[LatentLayerState] = []
         try:
             for number in dict.fromkeys(target.layer for target in targets):
                 sides = {target.side: target for target in targets if target.layer == number}
-                # Layers of one kind are rotated alike: gemma3 has two kinds.
-                kind = getattr(sides["v"].attention, "layer_type", None)
-                table = tables.setdefault(kind, RotaryTable())
-                self._layers.append(LatentLayerState(mode, sides, recipes.get(number), table))
+                self._layers.append(LatentLayerState(mode, sides, recipes.get(number), tables))
         except BaseException:
             self.remove()
             raise
@@ -64,32 +61,34 @@ class LatentLayerState:
     """
 
     def __init__(
-        self, mode: LatentMode, sides: dict[str, Target], recipe: KeyRecipe | None, table: RotaryTable
+        self, mode: LatentMode, sides: dict[str, Target], recipe: KeyRecipe | None, tables: dict[Any, RotaryTable]
     ) -> None:
         self.mode: LatentMode = mode
         self.layer = sides["v"].layer
         self.returned_latents = False
-        self.own_function = own_attention_function(sides["v"].attention)
         self._attention = cast(Any, sides["v"].attention)
         self._live = True
-        self._recipe, self._table = recipe, table
+        self._recipe, self._tables = recipe, tables
+        self._table: RotaryTable | None = None
         self._norm = key_norm(self._attention)
-        self._head_norm: tuple[Tensor, float] | None = None
-        self._captured: dict[str, _Capture] = {}
+        self._eps: float | None = None
+        self._captured: dict[str, Capture] = {}
         self._positions: Tensor | None = None
         self._cached_positions: Tensor | None = None
         self._length: Tensor | None = None
 
         self._config = self._attention.config
+        self._implementation = self._config._attn_implementation
+        self._own_function = own_attention_function(self._attention, self._implementation)
         config = copy(self._config)
         config._attn_implementation = FUNCTION
         self._attention.config = config
         self._attention.spd_latent = self
         self._handles = [self._attention.register_forward_pre_hook(self._before, with_kwargs=True)]
         for side, target in sides.items():
-            hook: ProjectOutput | _Capture = ProjectOutput(target, 0.0, 1.0)
+            hook: ProjectOutput | Capture = ProjectOutput(target, 0.0, 1.0)
             if side == "v" or mode == "latent":
-                hook = self._captured[side] = _Capture(target)
+                hook = self._captured[side] = Capture(target)
             self._handles.append(target.projection.module.register_forward_hook(hook))
 
     def remove(self) -> None:
@@ -104,7 +103,7 @@ class LatentLayerState:
         if not self._live:
             raise InputError(
                 f'past_key_values: layer {self.layer} holds latents of mode "{self.mode}", whose intervention was '
-                "removed; start with an empty cache"
+                "removed; make a new cache"
             )
         latents = {side: capture.take() for side, capture in self._captured.items()}
         positions, self._positions = self._positions, None
@@ -130,22 +129,28 @@ class LatentLayerState:
     ) -> tuple[Tensor, Tensor | None]:
         """query (B, H, Tq, D) over what the cache returned."""
         if self.returned_latents:
-            self.returned_latents = False
+            found = None
             plain = not any(v is not None and v is not False for k, v in arguments.items() if k not in _HARMLESS)
-            short = query.shape[2] <= SHORT_BLOCK and dropout == 0.0 and plain
-            if short and not (torch.is_grad_enabled() and query.requires_grad):
+            trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+            alike = query.dtype == key.dtype == value.dtype  # not so under autocast
+            if query.shape[2] <= SHORT_BLOCK and dropout == 0.0 and plain and alike and not trained:
                 found = self._attend_latents(query, key, value, mask, scaling)
-                if found is not None:
-                    return found.transpose(1, 2).contiguous(), None
-            key, value = self._dense(query, key, value)
-        return self.own_function(
+            if found is None:
+                key, value = self._dense(query, key, value)
+            self.returned_latents, self._cached_positions, self._length = False, None, None
+            if found is not None:
+                return found.transpose(1, 2).contiguous(), None
+        if self._config._attn_implementation != self._implementation:  # masks follow what it was changed to
+            self._implementation = self._config._attn_implementation
+            self._own_function = own_attention_function(self._attention, self._implementation)
+        return self._own_function(
             self._attention, query, key, value, mask, scaling=scaling, dropout=dropout, **arguments
         )
 
     def _attend_latents(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
     ) -> Tensor | None:
-        """Attention that expands nothing to memory; None where the kernel does not know this family's norm."""
+        """Attention that expands nothing to memory; None where the kernel knows not the family's norm, or the mask."""
         head_dim = query.shape[-1]
         u_v = self._captured["v"].basis(value)
         u_k: Tensor | None = None
@@ -158,16 +163,21 @@ class LatentLayerState:
             if self._recipe.norm in ("flat", "rotated"):
                 return None
             if self._recipe.norm == "head":
-                known = self._kernel_norm(head_dim, query)
-                if known is None:
+                assert self._norm is not None
+                if self._eps is None:
+                    self._eps = rms_eps(self._norm, head_dim, query) or 0.0
+                if self._eps == 0.0:
                     return None
-                norm, eps = known
+                norm, eps = rms_weight(self._norm, self._eps, head_dim, query), self._eps
             key, u_k = key[:, 0], self._captured["k"].basis(key)
             if self._recipe.rotation != "none":
+                assert self._table is not None
                 cos, sin = self._table.cos, self._table.sin
         positions = self._cached_positions
-        visible = _visible(mask, value)
-        if visible is not None:
+        if mask is not None:
+            visible = _visible(mask, query.shape[2], value.shape[2], self._length)
+            if visible is None:
+                return None
             positions = torch.where(visible, 0 if positions is None else positions, -1)
         return latent_attention(
             query,
@@ -195,9 +205,10 @@ class LatentLayerState:
         assert self._recipe is not None
         cos = sin = query.new_zeros((1, 1, head_dim // 2))
         if self._recipe.rotation != "none":
-            assert self._cached_positions is not None
+            assert self._cached_positions is not None and self._table is not None
             at = self._cached_positions.long()
-            cos, sin = self._table.cos[at], self._table.sin[at]
+            # What lies where no token is has no angle; it is masked, which NaN would not let it be.
+            cos, sin = (table[at].nan_to_num() for table in (self._table.cos, self._table.sin))
         return self._recipe.keys(self._captured["k"].expand(key[:, 0]), cos, sin, head_dim, self._norm), values
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -211,45 +222,53 @@ class LatentLayerState:
                     'keep their own, and take mode "fold"'
                 )
             for capture in self._captured.values():
-                capture.forget()
+                capture.wanted = False
             return
         layer = make_room(cache, self.layer, self)
-        if self.mode == "latent_v" or self._recipe is None or self._recipe.rotation == "none":
+        for capture in self._captured.values():
+            capture.wanted = True
+        if self.mode == "latent_v" or self._recipe is None:
             return
         positions, embeddings = kwargs.get("position_ids"), kwargs.get("position_embeddings")
+        # Kept by layers that rotate nothing too: theirs may be the ones that the other layers read.
+        self._positions = None if positions is None else positions.clamp(min=0)
+        if self._recipe.rotation == "none":
+            return
         if positions is None or positions.dim() != 2 or embeddings is None:
             raise InputError(
                 f'mode "latent": {type(module).__name__} is not given position_ids (B, T) and position_embeddings, '
                 'which its keys need; mode "latent_v" can be used'
             )
         cos, sin = (self._recipe.once(each) for each in embeddings)
-        self._table.note(positions, cos, sin, layer.room(positions.shape[1]))
-        self._positions = positions
+        # Layers of one kind are rotated alike: gemma3 has two kinds.
+        key = getattr(module, "layer_type", None), cos.device, cos.dtype
+        if key not in self._tables:
+            self._tables[key] = RotaryTable(getattr(self._config, "max_position_embeddings", None))
+        self._table = self._tables[key]
+        self._table.note(positions, cos, sin, layer.room(positions.shape[1]), source=embeddings[0])
 
-    def _kernel_norm(self, head_dim: int, like: Tensor) -> tuple[Tensor, float] | None:
-        if self._head_norm is None and self._norm is not None:
-            self._head_norm = head_norm_weight(self._norm, head_dim, like)
-        return self._head_norm
 
-
-class _Capture:
-    """A forward hook that projects, as mode `hook` does, and keeps the latent c = x U for the cache."""
+class Capture:
+    """A forward hook that projects, as mode `hook` does, and keeps the latent c = x U if a cache wants it."""
 
     def __init__(self, target: Target) -> None:
+        self.wanted = False
         self._projection, self._basis = target.projection, target.basis
         self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._latent: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         activation = self._projection.read(output)
-        self._latent = activation @ self.basis(activation)
-        return self._projection.write(output, self.expand(self._latent))
+        latent = activation @ self.basis(activation)
+        self._latent = latent if self.wanted else None
+        return self._projection.write(output, self.expand(latent))
 
     def basis(self, like: Tensor) -> Tensor:
         """U (d, r) on the device and in the dtype of `like`."""
         key = like.device, like.dtype
         if key not in self._copies:
-            self._copies[key] = self._basis.to(*key)
+            with torch.inference_mode(False):  # training may come after
+                self._copies[key] = self._basis.to(*key)
         return self._copies[key]
 
     def expand(self, latent: Tensor) -> Tensor:
@@ -262,9 +281,6 @@ class _Capture:
         assert latent is not None, "the cache is updated after the projections have run"
         self._latent = None
         return latent
-
-    def forget(self) -> None:
-        self._latent = None
 
 
 def attention_function(
@@ -285,8 +301,8 @@ def attention_function(
 AttentionInterface.register(FUNCTION, attention_function)
 
 
-def own_attention_function(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function that the attention uses under its configuration.
+def own_attention_function(attention: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function that the attention uses under an implementation's name, such as "sdpa".
 
     Raises:
         InputError: it does not choose one through transformers' attention interface.
@@ -294,23 +310,46 @@ def own_attention_function(attention: nn.Module) -> Callable[..., tuple[Tensor, 
     modeling: Any = sys.modules[type(attention).__module__]
     interface = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", None)
     eager = getattr(modeling, "eager_attention_forward", None)
-    config = getattr(attention, "config", None)
-    if interface is None or eager is None or config is None:
+    if interface is None or eager is None or getattr(attention, "config", None) is None:
         raise InputError(
             f"model: {type(attention).__name__} does not choose its attention through transformers' attention "
             'interface, so no cache can keep latents for it; modes "fold" and "hook" can be used'
         )
-    return interface.get_interface(config._attn_implementation, eager)
+    return interface.get_interface(implementation, eager)
 
 
-def _visible(mask: Tensor | None, value: Tensor) -> Tensor | None:
-    """(B, T) which cached tokens the last query sees, from any form of mask; None: all."""
-    if mask is None:
+def _visible(mask: Tensor, queries: int, tokens: int, length: Tensor | None) -> Tensor | None:
+    """(B, tokens) which cached tokens are there, if the mask says no more than that and that no query looks ahead.
+
+    None where it says more (a tree of drafts, a bias), or where finding out would mean waiting for a GPU.
+    """
+    if mask.dim() == 2:  # of flash attention: padding alone
+        return _padded(mask.bool(), tokens)
+    if mask.shape[1] != 1:
         return None
-    rows = mask if mask.dim() == 2 else mask[:, 0, -1]
-    seen = rows > torch.finfo(rows.dtype).min / 2 if rows.is_floating_point() else rows.bool()
-    tokens = value.shape[2]
+    look = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if mask.is_floating_point():
+        if not look:
+            return None
+        seen = mask == 0.0
+        if not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+            return None
+        mask = seen
+    rows = _padded(mask[:, 0].bool(), tokens)  # (B, Tq, tokens)
+    there = rows[:, -1]
+    if queries > 1:
+        if not look:
+            return None
+        ends = torch.arange(1 - queries, 1) + (tokens if length is None else length[:, None])
+        ahead = torch.arange(tokens) >= ends[..., None]
+        if not torch.equal(rows, (there[:, None] & ~ahead).expand_as(rows)):
+            return None
+    return there
+
+
+def _padded(seen: Tensor, tokens: int) -> Tensor:
+    """A mask that stops at the last token of a static cache, or has room to spare, over `tokens` columns."""
     missing = tokens - seen.shape[-1]
-    if missing > 0:  # a mask that stops at the last token of a static cache
+    if missing > 0:
         seen = nn.functional.pad(seen, (0, missing), value=False)
-    return seen[:, :tokens].expand(value.shape[0], -1)
+    return seen[..., :tokens]

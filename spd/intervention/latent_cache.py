@@ -34,6 +34,7 @@ class _LatentLayer(CacheLayerMixin):
     """
 
     positions: Tensor | None = None
+    device: torch.device
     _tensors = ("keys", "values", "positions")
 
     def __init__(self, state: LatentLayerState, first: _LatentLayer | None, **kwargs: Any) -> None:
@@ -44,7 +45,8 @@ class _LatentLayer(CacheLayerMixin):
     def cached_positions(self) -> Tensor | None:
         """(B, T) int32; None under "latent_v", whose keys are rotated already."""
         kept = self.positions if self.first is None else self.first.positions
-        return None if kept is None else kept[:, 0, :, 0]
+        # Where a model is spread over devices, the first layer may be on another one.
+        return None if kept is None else kept[:, 0, :, 0].to(self.device)
 
     def room(self, new: int) -> int:
         """How many positions there can be once `new` more tokens are cached."""
@@ -159,9 +161,11 @@ def make_room(cache: Cache, layer: int, state: LatentLayerState) -> _LatentLayer
         cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
     old: Any = cache.layers[layer]
     if isinstance(old, _LatentLayer):
-        if old.state is not state:
-            raise InputError(f"past_key_values: layer {layer} holds latents of an intervention that was removed")
-        return old
+        if old.state is state:
+            return old
+        raise InputError(
+            f"past_key_values: layer {layer} holds latents of an intervention that was removed; make a new cache"
+        )
     if old.is_initialized and int(old.get_seq_length()) > 0:
         raise InputError(
             f'past_key_values: layer {layer} holds keys and values of another mode; mode "{state.mode}" '
@@ -201,7 +205,8 @@ def _append(stored: Tensor, new: Tensor) -> Tensor:
     """`stored` (B, h, T, w) with `new` behind it: written into the room behind `stored` where it has some."""
     batch, heads, tokens, width = stored.shape
     total = tokens + new.shape[2]
-    if torch.is_grad_enabled() and (new.requires_grad or stored.requires_grad):
+    traced = torch.compiler.is_compiling()  # a trace knows no storage
+    if traced or (torch.is_grad_enabled() and (new.requires_grad or stored.requires_grad)):
         return torch.cat((stored, new), dim=2)
     if total > _capacity(stored):
         room = total + max(LEAST_GROWTH, total // GROWTH)

@@ -20,7 +20,7 @@ from spd.model_state import frozen, input_device
 _STEPS = (7, 1, 3, 1)
 _PADDING = 3
 # Relative difference of logits, and of keys, that rounding explains.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def refuse_unfit(model: nn.Module, mode: LatentMode, targets: Sequence[Target]) -> None:
@@ -35,7 +35,8 @@ def refuse_unfit(model: nn.Module, mode: LatentMode, targets: Sequence[Target]) 
         if obstacle:
             kind = type(target.attention).__name__
             raise InputError(f'mode "{mode}" cannot be used here: layer {target.layer} ({kind}) {obstacle}; {instead}')
-        own_attention_function(target.attention)
+        implementation = getattr(getattr(target.attention, "config", None), "_attn_implementation", "eager")
+        own_attention_function(target.attention, implementation)
 
 
 def _obstacle(mode: LatentMode, target: Target) -> tuple[str | None, str]:
@@ -76,7 +77,10 @@ def install_latent(model: nn.Module, mode: LatentMode, targets: Sequence[Target]
         expected, recipes = _reference(model, mode, targets)
         installed = Latent(mode, targets, recipes)
         try:
-            found = _steps(model, DynamicCache(config=model.config))  # type: ignore[arg-type]
+            try:
+                found = _steps(model, DynamicCache(config=model.config))  # type: ignore[arg-type]
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise InputError(f'mode "{mode}" cannot be used here: {error}; mode "fold" can be tried') from error
             difference = float((found - expected).norm() / expected.norm())
             if not difference <= _TOLERANCE[found.dtype]:
                 other = "fold" if mode == "latent_v" else "latent_v"

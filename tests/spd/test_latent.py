@@ -336,3 +336,144 @@ def test_gradients_flow_as_under_the_hook(mode, make_model):
             loss = model(PROMPTS, labels=PROMPTS, use_cache=False).loss
             found[name] = torch.autograd.grad(loss, weight)[0]
     torch.testing.assert_close(found[mode], found["hook"])
+
+
+class TestWhatUsersDoInBetween:
+    """Each against the hook under the same treatment."""
+
+    @staticmethod
+    def both(model, mode, treat, atol=2e-5, layers=(1, 3)):
+        subspace, found = uneven_subspace(model, layers), {}
+        for name in ("hook", mode):
+            with spd.attach(model, subspace, mode=name):
+                found[name] = treat(model)
+        torch.testing.assert_close(found[mode], found["hook"], rtol=0, atol=atol)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_tree_of_drafts(self, mode, make_model):
+        """Three tokens that see what came before, and themselves, but not one another."""
+
+        def treat(model):
+            cache = DynamicCache(config=model.config)
+            model(PROMPTS[:1, :6], past_key_values=cache)
+            mask = torch.cat((torch.ones(3, 6, dtype=torch.bool), torch.eye(3, dtype=torch.bool)), dim=1)[None, None]
+            positions = torch.full((1, 3), 6)
+            return model(PROMPTS[:1, 6:], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+
+        self.both(make_model("qwen3"), mode, treat)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_bias_in_the_mask(self, mode, make_model):
+        def treat(model):
+            cache = DynamicCache(config=model.config)
+            model(PROMPTS[:1, :6], past_key_values=cache)
+            mask = torch.zeros(1, 1, 1, 7)
+            mask[..., 2:5] = -2.0
+            return model(PROMPTS[:1, 6:7], attention_mask=mask, past_key_values=cache).logits
+
+        self.both(make_model("qwen3"), mode, treat)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_the_attention_function_is_changed(self, mode, make_model):
+        model = make_model("qwen3")
+
+        def treat(model):
+            model.set_attn_implementation("sdpa")
+            try:
+                return model(PROMPTS).logits
+            finally:
+                model.set_attn_implementation("eager")
+
+        model.set_attn_implementation("eager")
+        self.both(model, mode, treat)
+
+    def test_the_norm_of_the_keys_is_changed(self, make_model):
+        def treat(model):
+            norm = model.model.layers[1].self_attn.k_norm
+            norm.weight.data.mul_(3.0)
+            cache = DynamicCache(config=model.config)
+            step(model, cache)
+            logits = step(model, cache, PROMPTS[:, :1], torch.cat((MASK, MASK.new_ones(3, 1)), dim=1))
+            norm.weight.data.div_(3.0)
+            return logits
+
+        self.both(make_model("qwen3"), "latent", treat)
+
+    def test_padding_at_negative_positions(self, make_model):
+        def treat(model):
+            cache, logits = DynamicCache(config=model.config), []
+            for start, end in ((0, 9), (9, 300), (300, 301)):
+                mask = torch.ones(2, end, dtype=torch.long)
+                mask[1, :5] = 0
+                positions = (mask.cumsum(-1) - 1)[:, start:end]
+                tokens = (torch.arange(2 * (end - start)) * 7 % 97).view(2, -1)
+                out = model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
+                logits.append(out.logits[:, -1])
+            return torch.stack(logits)
+
+        self.both(make_model("qwen3"), "latent", treat)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_positions_that_start_anywhere_in_a_static_cache(self, mode, make_model):
+        def treat(model):
+            cache = StaticCache(config=model.config, max_cache_len=64)
+            positions = torch.arange(200, 240)[None]
+            first = model(PROMPTS[:1], position_ids=positions[:, :9], past_key_values=cache).logits
+            tokens = (torch.arange(20) * 7 % 97)[None]
+            second = model(tokens, position_ids=positions[:, 9:29], past_key_values=cache).logits
+            return torch.cat((first, second), dim=1)
+
+        self.both(make_model("qwen3"), mode, treat)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_autocast(self, mode, make_model):
+        def treat(model):
+            cache = DynamicCache(config=model.config)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(PROMPTS, past_key_values=cache)
+                return model(PROMPTS[:, :1], past_key_values=cache).logits.float()
+
+        self.both(make_model("qwen3"), mode, treat, atol=0.05)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_compiled_model_with_a_growing_cache(self, mode, make_model):
+        def treat(model):
+            torch.compiler.reset()
+            compiled = torch.compile(model, backend="eager")
+            cache = DynamicCache(config=model.config)
+            logits = [compiled(PROMPTS, past_key_values=cache).logits[:, -1:]]
+            for number in range(3):
+                logits.append(compiled(PROMPTS[:, number : number + 1], past_key_values=cache).logits)
+            return torch.cat(logits, dim=1)
+
+        self.both(make_model("qwen3"), mode, treat)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_training_one_weight_through_a_cache(self, mode, make_model):
+        def treat(model):
+            model.requires_grad_(False)
+            weight = model.model.layers[1].self_attn.v_proj.weight.requires_grad_(True)
+            cache = DynamicCache(config=model.config)
+            with torch.enable_grad():
+                model(PROMPTS[:, :5], past_key_values=cache)
+                loss = model(PROMPTS[:, 5:8], past_key_values=cache).logits.square().mean()
+                (gradient,) = torch.autograd.grad(loss, weight)
+            return gradient
+
+        self.both(make_model("qwen3"), mode, treat)
+
+    def test_a_layer_without_rotation_comes_first(self, make_model):
+        """SmolLM3 leaves every fourth layer unrotated."""
+        model = make_model("smollm3", num_hidden_layers=8)
+        self.both(model, "latent", lambda model: generated(model).float(), layers=(3, 5))
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_copy_of_the_model(self, mode, make_model):
+        """It can be made after a forward pass with gradients, and knows that it carries an intervention."""
+        model = make_model("qwen3")
+        with spd.attach(model, uneven_subspace(model), mode=mode):
+            with torch.enable_grad():
+                model(PROMPTS, labels=PROMPTS, use_cache=False)
+            twin = copy.deepcopy(model)
+            with pytest.raises(spd.InputError, match="carries an intervention already"):
+                spd.attach(twin, uneven_subspace(model), mode="hook")
