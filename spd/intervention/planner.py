@@ -216,7 +216,7 @@ def plan(
         context: tokens a sequence in the cache.
         batch: sequences decoded together.
         device: to plan for; None is the model's. One that is not there is planned for by a data sheet's rates.
-        machine: constants to use in place of the measured ones of `device` (see spd/machine.py).
+        machine: constants to use in place of the measured ones of `device` (see machine.py).
         progress: show a progress bar if the machine has to be measured, which takes some seconds once.
 
     Raises:
