@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from spd_kernels.project.work import project_backward_work, project_work
 from torch import Tensor
 
 from benchmarks.case import OURS, Case, Draw, Inputs, Target, Tuning
 from spd_kernels import project, project_kv
 from spd_kernels.launch import Architecture
 from spd_kernels.project import config
+from spd_kernels.project.work import project_backward_work, project_work
 
 MANY = (Target("bandwidth", 0.85), Target("faster", 1.5, "eager"), Target("faster", 1.2, "compiled"))
 FEW = (Target("launches", 1), Target("time", 0.5, "eager"), Target("time", 0.5, "eager", "graph"))
