@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from spd.errors import InputError
 from spd.intervention.fold import Fold, why_not_fold
 from spd.intervention.hook import Hook, ProjectOutput
-from spd.intervention.latent import Capture
 from spd.intervention.latent_probe import install_latent
 from spd.intervention.planner import plan
 from spd.intervention.target import Form, LatentMode, Target, find_targets
@@ -166,5 +165,5 @@ def _mode_of(module: nn.Module) -> str | None:
     """The mode of the intervention on this module. A copy of a model under one is in no registry, but has the hooks."""
     if module in _ATTACHED:
         return _ATTACHED[module]
-    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, ProjectOutput | Capture)]
+    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, ProjectOutput)]
     return "hook" if hooks else None

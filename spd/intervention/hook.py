@@ -33,9 +33,13 @@ class ProjectOutput:
         self._a, self._b = a, b
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        key = output.device, output.dtype
+        activation = self._projection.read(output)
+        return self._projection.write(output, project(activation, self.basis(activation), a=self._a, b=self._b))
+
+    def basis(self, like: Tensor) -> Tensor:
+        """U (d, r) on the device and in the dtype of `like`."""
+        key = like.device, like.dtype
         if key not in self._copies:
             with torch.inference_mode(False):  # training may come after
                 self._copies[key] = self._basis.to(*key)
-        activation = self._projection.read(output)
-        return self._projection.write(output, project(activation, self._copies[key], a=self._a, b=self._b))
+        return self._copies[key]

@@ -86,7 +86,7 @@ class LatentLayerState:
         self._attention.spd_latent = self
         self._handles = [self._attention.register_forward_pre_hook(self._before, with_kwargs=True)]
         for side, target in sides.items():
-            hook: ProjectOutput | Capture = ProjectOutput(target, 0.0, 1.0)
+            hook = ProjectOutput(target, 0.0, 1.0)
             if side == "v" or mode == "latent":
                 hook = self._captured[side] = Capture(target)
             self._handles.append(target.projection.module.register_forward_hook(hook))
@@ -248,13 +248,12 @@ class LatentLayerState:
         self._table.note(positions, cos, sin, layer.room(positions.shape[1]), source=embeddings[0])
 
 
-class Capture:
+class Capture(ProjectOutput):
     """A forward hook that projects, as mode `hook` does, and keeps the latent c = x U if a cache wants it."""
 
     def __init__(self, target: Target) -> None:
+        super().__init__(target, 0.0, 1.0)
         self.wanted = False
-        self._projection, self._basis = target.projection, target.basis
-        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._latent: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -262,14 +261,6 @@ class Capture:
         latent = activation @ self.basis(activation)
         self._latent = latent if self.wanted else None
         return self._projection.write(output, self.expand(latent))
-
-    def basis(self, like: Tensor) -> Tensor:
-        """U (d, r) on the device and in the dtype of `like`."""
-        key = like.device, like.dtype
-        if key not in self._copies:
-            with torch.inference_mode(False):  # training may come after
-                self._copies[key] = self._basis.to(*key)
-        return self._copies[key]
 
     def expand(self, latent: Tensor) -> Tensor:
         """c Uᵀ, (..., d)."""
