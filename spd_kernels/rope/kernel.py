@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from spd_kernels import launch, tiles
+from spd_kernels.project.kernel import MAX_ROWS, padded
 from spd_kernels.rope.config import (
     PULL_BACK_WARPS,
     RopeConfig,
@@ -513,10 +514,6 @@ def pull_back_kernel(
         _store_pairs(h1, h2, h_ptr + column + offsets_h, 1, mask_n, INTERLEAVED, False, HEAD_DIM, HALF)
 
 
-# Tile numbers times BLOCK_N are 32-bit.
-_MAX_ROWS = 2**31 - 256
-
-
 def launch_rope(
     k: torch.Tensor,
     u: torch.Tensor,
@@ -564,9 +561,9 @@ def launch_rope(
         layout_y = (cache.stride(0), cache.stride(2), cache.stride(1), cache.stride(3))
     full = cos.shape[-1] == head_dim
     reach = max(
-        _padded(d) * rows_k.stride(-1),
-        _padded(d) * u.stride(0) + _padded(rank) * u.stride(1),
-        _padded(head_dim) * max(layout_a[-1], layout_y[-1]),
+        padded(d) * rows_k.stride(-1),
+        padded(d) * u.stride(0) + padded(rank) * u.stride(1),
+        padded(head_dim) * max(layout_a[-1], layout_y[-1]),
     )
     with launch.guard(k.device):
         rope_kernel[(programs, shares)](
@@ -639,7 +636,7 @@ def launch_pull_back(
     heads_each = heads_per_program(programs, n_heads, launch.processors(g.device))
     rows_g, *layout_g = launch.flatten_rows(g)
     cos, sin, layout_a = _flatten_angles(cos, sin, g.shape[:-1])
-    reach = max(_padded(d) * rows_g.stride(-1), _padded(head_dim) * layout_a[-1])
+    reach = max(padded(d) * rows_g.stride(-1), padded(head_dim) * layout_a[-1])
     with launch.guard(g.device):
         pull_back_kernel[(programs, triton.cdiv(n_heads, heads_each))](
             rows_g,
@@ -671,8 +668,8 @@ def launch_pull_back(
 
 def _rows(x: torch.Tensor) -> int:
     n_rows = x.numel() // x.shape[-1]
-    if n_rows > _MAX_ROWS:
-        raise ValueError(f"k: expected at most {_MAX_ROWS} rows; got {n_rows}")
+    if n_rows > MAX_ROWS:
+        raise ValueError(f"k: expected at most {MAX_ROWS} rows; got {n_rows}")
     return n_rows
 
 
@@ -685,8 +682,3 @@ def _flatten_angles(
     cos, *layout = launch.flatten_rows(cos.expand(*lead, cos.shape[-1]))
     sin, *_ = launch.flatten_rows(sin.expand(*lead, sin.shape[-1]))
     return cos, sin, (layout[0], layout[1], layout[2], cos.stride(-1))
-
-
-def _padded(size: int) -> int:
-    """Largest index that a masked block over this size can address, plus one."""
-    return size + 256

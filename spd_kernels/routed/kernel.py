@@ -16,6 +16,7 @@ import triton.language as tl
 
 from spd_kernels import launch, tiles
 from spd_kernels.project.config import ProjectConfig, columns_per_program
+from spd_kernels.project.kernel import MAX_ROWS, padded
 from spd_kernels.routed.config import choose, choose_packed, rows_per_program
 from spd_kernels.tiles import contract, dot, expand, row_offsets, span
 
@@ -712,10 +713,6 @@ def routed_rows_kernel(
         )
 
 
-# Tile numbers times BLOCK_N are 32-bit.
-_MAX_ROWS = 2**31 - 256
-
-
 def launch_routed(
     x: torch.Tensor,
     bank: torch.Tensor,
@@ -733,8 +730,8 @@ def launch_routed(
         return y
     n_subspaces, d, r = bank.shape
     n_rows = x.numel() // d
-    if n_rows > _MAX_ROWS:
-        raise ValueError(f"x: expected at most {_MAX_ROWS} rows; got {n_rows}")
+    if n_rows > MAX_ROWS:
+        raise ValueError(f"x: expected at most {MAX_ROWS} rows; got {n_rows}")
     n_sequences = index.shape[0]
     if config is None:
         limits = (d, r, x.element_size(), launch.architecture(x.device))
@@ -771,7 +768,7 @@ def launch_routed(
         programs = min(n_tiles, max(1, 2 * processors // slices))
         stride_c = triton.cdiv(r, config.block_w) * config.block_w
         slab = torch.empty((slices * programs * config.block_n, stride_c), dtype=x.dtype, device=x.device)
-    reach = max(_padded(d) * source.stride(-1), _padded(d) * bank.stride(1) + _padded(r) * bank.stride(2))
+    reach = max(padded(d) * source.stride(-1), padded(d) * bank.stride(1) + padded(r) * bank.stride(2))
     group = 16 // x.element_size()
     with launch.guard(x.device):
         kernel[(programs, slices)](
@@ -803,8 +800,3 @@ def launch_routed(
             num_stages=config.num_stages,
         )
     return y
-
-
-def _padded(size: int) -> int:
-    """Largest index that a masked block over this size can address, plus one."""
-    return size + 256
