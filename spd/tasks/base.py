@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from spd.example import Example
+
+Metric = Literal["accuracy", "nll"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """One evaluation item: the prompt a model completes and the reference that `Task.is_correct` compares with."""
+    """One evaluation item: the prompt a model completes and the reference that `Task.is_correct` compares with.
+
+    `group` is the sub-task or subject it belongs to, where a data set has such.
+    """
 
     prompt: str
     reference: str
+    group: str = ""
 
 
 class Task(ABC):
@@ -34,6 +42,11 @@ class Task(ABC):
     stop: tuple[str, ...] = ()
     """A completion ends before the first of these strings, for models that run on into a next question."""
 
+    metric: Metric = "accuracy"
+    """What the task is judged by: the share of right completions, or the reference's negative log-likelihood a token."""
+    runs_code: bool = False
+    """Whether judging a completion executes it. `spd.evaluate` then asks for consent."""
+
     @abstractmethod
     def calibration(self) -> list[Example]:
         """Labelled examples with correctness-defining spans."""
@@ -49,3 +62,7 @@ class Task(ABC):
     @abstractmethod
     def is_correct(self, completion: str, question: Question) -> bool:
         """Whether a completion (already cut at `stop`) answers the question."""
+
+    def judge(self, completions: Sequence[str], questions: Sequence[Question]) -> list[bool | None]:
+        """`is_correct` for many at once; None where a question has no right or wrong and is left out of the count."""
+        return [self.is_correct(each, question) for each, question in zip(completions, questions, strict=True)]
