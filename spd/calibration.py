@@ -57,7 +57,7 @@ def calibrate(
         tokenizer: its fast tokenizer.
         examples: labelled examples; those whose spans leave no token within `max_length` are counted and left out.
         layers: "paper" (n // 2 and n - 1), "all", or layer indices.
-        rank: "half" (d // 2), "energy:p" (smallest rank with p of the squared singular values), or an integer.
+        rank: "half" (d // 2), "full" (d), "energy:p" (smallest rank with p of the squared singular values), or an integer.
         loss: "spans" (the tokens of the examples' spans) or "full" (every token).
         center: remove the column mean of G, as published.
         batch_size: examples in one forward and backward pass.
@@ -253,7 +253,7 @@ def _basis(name: str, total: GradientCovariance | None, rank: str | int, center:
         raise InputError(f"examples: every gradient at {name} is zero; the loss does not depend on it")
     r = choose_rank(rank, singular_values)
     numerical_rank = int((singular_values > 1e-8 * singular_values[0]).sum())
-    if numerical_rank < r:
+    if numerical_rank < r and rank != "full":
         warnings.warn(
             f"calibrate: {name} has gradient rows of rank {numerical_rank} only, so the last {r - numerical_rank} of "
             f"{r} directions are arbitrary; use more examples or a smaller rank",

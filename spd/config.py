@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from spd.arms import DEFAULT_ARMS, parse_arms
 from spd.distillation import Recipe
 from spd.errors import InputError
 from spd.subspace import check_rank
@@ -52,6 +53,7 @@ class GenerationSettings(_Section):
 
     prompts: int | None = Positive
     temperature: float = Field(default=0.7, ge=0, allow_inf_nan=False)
+    top_k: int | None = Positive
     top_p: float = Field(default=0.9, gt=0, le=1)
     max_new_tokens: int | None = Positive
     batch_size: int = Field(default=32, ge=1)
@@ -72,6 +74,7 @@ class RunConfig(_Section):
         model: checkpoint folder, hub name, or "proving-ground" for the model that the project carries.
         tasks: capabilities to improve, each calibrated and trained for itself.
         evaluate: tasks to test every arm on (default: `tasks`).
+        arms: what to compare, in the words of `spd.arms`; the base is always among them.
         data: folder of local records, NAME/SPLIT.jsonl; without it data sets come from the hub.
         dtype: of the weights; "auto" takes the checkpoint's on a GPU and float32 on the CPU.
         device: "auto" takes a GPU where there is one.
@@ -81,6 +84,7 @@ class RunConfig(_Section):
     model: str
     tasks: list[str] = Field(min_length=1)
     evaluate: list[str] = []
+    arms: list[str] = Field(default=list(DEFAULT_ARMS), min_length=1)
     data: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
@@ -111,6 +115,11 @@ class RunConfig(_Section):
         if len(set(names)) != len(names):
             raise ValueError(f"a task is named twice in {names}")
         return names
+
+    @field_validator("arms")
+    @classmethod
+    def _arms(cls, names: list[str]) -> list[str]:
+        return [arm.name for arm in parse_arms(names)]
 
     @property
     def evaluated(self) -> list[str]:

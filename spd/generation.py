@@ -18,6 +18,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -57,6 +58,7 @@ def generate(
     *,
     out: str | Path | None = None,
     temperature: float = 0.7,
+    top_k: int | None = None,
     top_p: float = 0.9,
     max_new_tokens: int = 256,
     batch_size: int = 32,
@@ -79,7 +81,8 @@ def generate(
         out: a JSON Lines file, one `Generation` a line, in the order they are finished. If it is there already, the
             prompts it holds are not generated again. `out` with the suffix `.settings.json` says what made it.
         temperature: softmax temperature; 0 decodes greedily.
-        top_p: nucleus mass.
+        top_k: how many of the most likely tokens may be sampled; None: all.
+        top_p: nucleus mass, of what temperature and `top_k` leave.
         max_new_tokens: length limit.
         batch_size: prompts decoded together.
         seed: of the samples.
@@ -94,7 +97,7 @@ def generate(
         InputError: unusable arguments, a prompt with no token or too long for the model, or an `out` made otherwise.
     """
     prompts = list(prompts)
-    _check_settings(temperature, top_p, max_new_tokens, batch_size, seed)
+    _check_settings(temperature, top_k, top_p, max_new_tokens, batch_size, seed)
     encoded = _encode(model, tokenizer, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: (len(encoded[index]), index))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -106,6 +109,7 @@ def generate(
         "prompts": len(prompts),
         "prompts_sha256": sha256(json.dumps(prompts)),
         "temperature": temperature,
+        "top_k": top_k,
         "top_p": top_p,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
@@ -120,13 +124,22 @@ def generate(
         for batch in batches:
             if all(index in done for index in batch):
                 continue
-            fresh = _generate_batch(model, tokenizer, batch, prompts, encoded, temperature, top_p, max_new_tokens, seed)
+            fresh = _generate_batch(
+                model, tokenizer, batch, prompts, encoded, temperature, top_k, top_p, max_new_tokens, seed
+            )
             fresh = [generation for generation in fresh if generation.index not in done]
             if store:
                 store.append(fresh)
             done |= {generation.index: generation for generation in fresh}
             shown.update(len(fresh))
     return [done[index] for index in range(len(prompts))]
+
+
+def without_room(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[int]:
+    """Which prompts leave no room for a completion in the model's positions: `generate` refuses those."""
+    return _too_long(model, tokenizer(list(prompts))["input_ids"], max_new_tokens) if prompts else []
 
 
 def read_generations(path: str | Path) -> list[Generation]:
@@ -221,6 +234,7 @@ def _generate_batch(
     prompts: list[str],
     encoded: list[list[int]],
     temperature: float,
+    top_k: int | None,
     top_p: float,
     max_new_tokens: int,
     seed: int,
@@ -238,6 +252,8 @@ def _generate_batch(
     if temperature > 0:
         uniforms = np.stack([np.random.default_rng([seed, index]).random(max_new_tokens) for index in batch])
         processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k is not None:
+            processors.append(TopKLogitsWarper(top_k))
         if top_p < 1.0:
             processors.append(TopPLogitsWarper(top_p))
         processors.append(SeededSampling(torch.from_numpy(uniforms).to(device), length))
@@ -314,22 +330,30 @@ def _encode(
     empty = [index for index, tokens in enumerate(encoded) if not tokens]
     if empty:
         raise InputError(f"prompts: {len(empty)} have no token at all: {empty[:10]}")
-    limit = position_limit(model)
-    if limit is not None:
-        long = [index for index, tokens in enumerate(encoded) if len(tokens) + max_new_tokens > limit]
-        if long:
-            raise InputError(
-                f"prompts: {len(long)} of {len(prompts)} leave no room for max_new_tokens = {max_new_tokens} "
-                f"in the model's {limit} positions: {long[:10]}"
-            )
+    long = _too_long(model, encoded, max_new_tokens)
+    if long:
+        raise InputError(
+            f"prompts: {len(long)} of {len(prompts)} leave no room for max_new_tokens = {max_new_tokens} "
+            f"in the model's {position_limit(model)} positions: {long[:10]}"
+        )
     return encoded
 
 
-def _check_settings(temperature: float, top_p: float, max_new_tokens: int, batch_size: int, seed: int) -> None:
+def _too_long(model: nn.Module, encoded: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    limit = position_limit(model)
+    if limit is None:
+        return []
+    return [index for index, tokens in enumerate(encoded) if len(tokens) + max_new_tokens > limit]
+
+
+def _check_settings(
+    temperature: float, top_k: int | None, top_p: float, max_new_tokens: int, batch_size: int, seed: int
+) -> None:
     if not (isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")):
         raise InputError(f"temperature: expected a finite number of at least 0, got {temperature!r}")
     if not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
         raise InputError(f"top_p: expected a number in (0, 1], got {top_p!r}")
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+    whole = [("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)]
+    for name, value, least in whole + ([("top_k", top_k, 1)] if top_k is not None else []):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from spd.subspace import Subspace
@@ -17,9 +18,9 @@ FORMATS = (".png", ".svg", ".pdf")
 PANELS_A_ROW = 4
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 SIDE_COLOUR = {"k": "#2563eb", "v": "#d97706"}
-ARM_COLOUR = {"base": "#9aa5b1", "projected": "#7c9fd6", "self-training": "#e3b36b", "spd": "#1d4ed8"}
-TRAINING_COLOUR = {"plain": ARM_COLOUR["self-training"], "projected": ARM_COLOUR["spd"]}
-TRAINING_NAME = {"plain": "self-training", "projected": "spd"}
+ARM_COLOUR = {"base": "#9aa5b1", "projected": "#7c9fd6", "self-training": "#e3b36b", "ssd": "#b7791f", "spd": "#1d4ed8"}
+OTHER_COLOURS = ("#0f766e", "#be185d", "#7c3aed", "#4d7c0f", "#b91c1c", "#0369a1", "#a16207", "#475569")
+"""Of arms with options, in the order in which they come."""
 
 
 P = ParamSpec("P")
@@ -92,12 +93,19 @@ def spectra_figure(subspace: Subspace) -> Figure:
 spectra = _as_svg(spectra_figure)
 
 
+def arm_colours(arms: Iterable[str]) -> dict[str, str]:
+    """A colour for each arm: its own where it has one."""
+    others = cycle(OTHER_COLOURS)
+    return {arm: ARM_COLOUR.get(arm) or next(others) for arm in arms}
+
+
 @_as_svg
 def training_loss(losses: dict[str, list[dict[str, float]]]) -> Figure:
     figure, (axis,) = blank_figure(3.4, 2.6)
+    colours = arm_colours(losses)
     for name, entries in losses.items():
         steps, values = [entry["step"] for entry in entries], [entry["loss"] for entry in entries]
-        axis.plot(steps, values, color=TRAINING_COLOUR[name], linewidth=1.6, label=TRAINING_NAME[name])
+        axis.plot(steps, values, color=colours[name], linewidth=1.6, label=name)
     axis.set_title("training loss", loc="left", fontsize=9.5, fontweight="bold")
     axis.set_xlabel("step")
     axis.legend(frameon=False, fontsize=8)
@@ -110,17 +118,20 @@ def accuracy_bars(metrics: list[dict[str, Any]]) -> Figure:
     capabilities = list(dict.fromkeys(score["capability"] for score in metrics if score["capability"]))
     tests = list(dict.fromkeys(score["task"] for score in metrics))
     groups = [(name, test) for name in capabilities for test in tests if name == test or name not in tests]
-    figure, (axis,) = blank_figure(min(2.0 + 1.9 * len(groups), 12), 2.8)
-    arms = list(ARM_COLOUR)
+    arms = list(dict.fromkeys(score["arm"] for score in metrics))
+    colours, step = arm_colours(arms), 0.8 / len(arms)
+    figure, (axis,) = blank_figure(min(2.0 + (0.9 + 0.25 * len(arms)) * len(groups), 12), 2.8)
     for position, (capability, test) in enumerate(groups):
         for offset, arm in enumerate(arms):
             score = next(
                 s for s in metrics if s["arm"] == arm and s["task"] == test and s["capability"] in (None, capability)
             )
+            if score["accuracy"] is None:
+                continue
             low, high = score["interval_95"]
             accuracy = 100 * score["accuracy"]
-            x = position + (offset - 1.5) * 0.2
-            axis.bar(x, accuracy, width=0.18, color=ARM_COLOUR[arm], label=arm if position == 0 else None)
+            x = position + (offset - (len(arms) - 1) / 2) * step
+            axis.bar(x, accuracy, width=0.9 * step, color=colours[arm], label=arm if position == 0 else None)
             whiskers = [[max(0.0, accuracy - 100 * low)], [max(0.0, 100 * high - accuracy)]]
             axis.errorbar(x, accuracy, whiskers, color=INK, linewidth=0.9, capsize=2)
     names = [test if capability == test else f"{capability}, on {test}" for capability, test in groups]

@@ -9,31 +9,24 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spd import plots
+from spd.arms import parse_arm
 from spd.files import read_json, read_jsonl, write_text
 from spd.spectrum import site_rows
 from spd.subspace import Subspace
 
 SAMPLES = 4
-ARM_MEANING = {
-    "base": "the model as it came",
-    "projected": "K and V projected while it answers, no training",
-    "self-training": "fine-tuned on its own plain completions",
-    "spd": "fine-tuned on its own completions under projection",
-}
-ARMS = tuple(ARM_MEANING)
-
 
 @dataclass(frozen=True)
 class Sample:
-    """One test question as the base model and the SPD model answer it."""
+    """One test question as the base model and an arm answer it."""
 
     task: str
+    arm: str
     prompt: str
-    reference: str
     base: str
-    base_correct: bool
-    spd: str
-    spd_correct: bool
+    base_correct: bool | None
+    tuned: str
+    tuned_correct: bool | None
 
 
 def write_report(folder: str | Path) -> Path:
@@ -41,24 +34,30 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
     capabilities = [_capability(folder, name) for name in config["tasks"]]
-    environment = Environment(
-        loader=PackageLoader("spd", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
-    environment.filters["value"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value
+    environment = page_environment()
     page = environment.get_template("report.html").render(
         config=config,
         environments=read_json(folder / "environment.json"),
         timings=read_json(folder / "timings.json"),
         table=score_table(metrics),
         tests=list(dict.fromkeys(score["task"] for score in metrics)),
-        arms=ARM_MEANING,
+        arms={name: parse_arm(name).meaning for name in config["arms"]},
         bars=plots.accuracy_bars(metrics),
         capabilities=capabilities,
         samples=_samples(folder, config, metrics),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def page_environment() -> Environment:
+    """Templates of the package's pages: everything that is put into them is escaped unless marked safe."""
+    environment = Environment(
+        loader=PackageLoader("spd", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
+    environment.filters["value"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value
+    return environment
 
 
 def score_table(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -73,32 +72,44 @@ def score_table(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _capability(folder: Path, name: str) -> dict[str, Any]:
-    subspace = Subspace.from_pretrained(folder / name / "subspace")
-    training = {arm: read_json(folder / name / "adapters" / arm / "training.json") for arm in ("plain", "projected")}
+    where = folder / name
+    subspace = Subspace.from_pretrained(where / "subspace") if (where / "subspace").is_dir() else None
+    manifests = sorted((where / "adapters").glob("*/training.json"), key=lambda path: _NAMED.get(path.parent.name, (9,)))
+    training = {_NAMED.get(path.parent.name, (9, path.parent.name))[1]: read_json(path) for path in manifests}
+    prompts = where / "prompts.json"
     return {
         "name": name,
         "subspace": subspace,
-        "spectra": plots.spectra(subspace),
-        "loss": plots.training_loss({arm: manifest["loss"] for arm, manifest in training.items()}),
+        "spectra": plots.spectra(subspace) if subspace else "",
+        "loss": plots.training_loss({arm: manifest["loss"] for arm, manifest in training.items()}) if training else "",
         "training": training,
-        "sites": site_rows(subspace),
+        "prompts": read_json(prompts) if prompts.is_file() else {"prompts": 0, "too_long": []},
+        "sites": site_rows(subspace) if subspace else [],
     }
 
 
+_NAMED = {"plain": (0, "self-training"), "projected": (1, "spd")}
+"""Adapters that are called after what they were trained on, and the arms they are."""
+
+
 def _samples(folder: Path, config: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Sample]:
-    """Questions whose outcome SPD changed, gains and losses in turn, then unchanged ones; a few for each capability."""
+    """Questions whose outcome an arm changed, gains and losses in turn, then unchanged ones; a few a capability."""
+    arms = [name for name in config["arms"] if name != "base"]
+    if not arms:
+        return []
+    arm = "spd" if "spd" in arms else arms[-1]
     samples = []
     for name in config["tasks"]:
         tested = [score["task"] for score in metrics if score["capability"] == name]
         task = name if name in tested else tested[0]
         base = read_jsonl(folder / "base" / "evaluations" / f"{task}.scored.jsonl")
-        tuned = read_jsonl(folder / name / "evaluations" / "spd" / f"{task}.scored.jsonl")
+        tuned = read_jsonl(folder / name / "evaluations" / parse_arm(arm).slug / f"{task}.scored.jsonl")
         pairs = [
-            Sample(task, b["prompt"], b["reference"], b["completion"], b["correct"], t["completion"], t["correct"])
+            Sample(task, arm, b["prompt"], b["completion"], b["correct"], t["completion"], t["correct"])
             for b, t in zip(base, tuned, strict=True)
         ]
-        gains = [pair for pair in pairs if pair.spd_correct > pair.base_correct]
-        losses = [pair for pair in pairs if pair.spd_correct < pair.base_correct]
-        unchanged = [pair for pair in pairs if pair.spd_correct == pair.base_correct]
+        gains = [pair for pair in pairs if bool(pair.tuned_correct) > bool(pair.base_correct)]
+        losses = [pair for pair in pairs if bool(pair.tuned_correct) < bool(pair.base_correct)]
+        unchanged = [pair for pair in pairs if bool(pair.tuned_correct) == bool(pair.base_correct)]
         samples += [*gains[:2], *losses[:1], *unchanged][:SAMPLES]
     return samples

@@ -72,6 +72,26 @@ class Subspace:
     def side(self, side: Literal["k", "v"] | str) -> Mapping[int, Basis]:
         return self.k if side == "k" else self.v
 
+    def truncate(self, rank: Literal["half"] | str | int) -> Self:
+        """The leading directions only, as many as `spd.calibrate(rank=rank)` would have kept.
+
+        Raises:
+            InputError: this subspace does not hold so many.
+        """
+
+        def cut(basis: Basis) -> Basis:
+            r = choose_rank(rank, basis.singular_values)
+            if r > basis.rank:
+                raise InputError(f"rank: {rank!r} asks for {r} directions, of which only {basis.rank} were kept")
+            return Basis(basis.basis[:, :r].contiguous(), basis.singular_values)
+
+        settings = {**self.provenance.get("settings", {}), "rank": rank}
+        return type(self)(
+            {layer: cut(basis) for layer, basis in self.k.items()},
+            {layer: cut(basis) for layer, basis in self.v.items()},
+            self.provenance | {"settings": settings},
+        )
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `subspace-HASH.safetensors` and then `subspace.json`, which names it.
 
@@ -149,10 +169,12 @@ class Subspace:
             )
 
 
-def choose_rank(rank: Literal["half"] | str | int, singular_values: Tensor) -> int:
-    """Resolve "half" (d // 2), "energy:p" (smallest r with p of the squared singular values), or a fixed rank."""
+def choose_rank(rank: Literal["half", "full"] | str | int, singular_values: Tensor) -> int:
+    """Resolve "half" (d // 2), "full" (d), "energy:p" (smallest r with p of the squared singular values), or a number."""
     check_rank(rank)
     d = singular_values.numel()
+    if rank == "full":
+        return d
     if rank == "half":
         return max(1, d // 2)
     if isinstance(rank, str):
@@ -165,8 +187,8 @@ def choose_rank(rank: Literal["half"] | str | int, singular_values: Tensor) -> i
 
 
 def check_rank(rank: object) -> None:
-    """Raise InputError unless `rank` is "half", "energy:p" with 0 < p <= 1, or a positive integer."""
-    if rank == "half" or (isinstance(rank, int) and not isinstance(rank, bool) and rank > 0):
+    """Raise InputError unless `rank` is "half", "full", "energy:p" with 0 < p <= 1, or a positive integer."""
+    if rank in ("half", "full") or (isinstance(rank, int) and not isinstance(rank, bool) and rank > 0):
         return
     if isinstance(rank, str) and rank.startswith("energy:"):
         try:
@@ -174,7 +196,7 @@ def check_rank(rank: object) -> None:
                 return
         except ValueError:
             pass
-    raise InputError(f'rank: expected "half", "energy:p" with 0 < p <= 1, or a positive integer, got {rank!r}')
+    raise InputError(f'rank: expected "half", "full", "energy:p" with 0 < p <= 1, or a positive integer, got {rank!r}')
 
 
 def _check(name: str, basis: Basis) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spd.plots import PANELS_A_ROW, accuracy_bars, spectra, spectra_figure
-from spd.report import ARMS
+from spd.arms import DEFAULT_ARMS as ARMS
 from spd.stats import wilson_interval
 from spd.subspace import Basis, Subspace
 

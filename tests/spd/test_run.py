@@ -15,7 +15,8 @@ from filelock import FileLock
 
 import spd
 from spd.config import parse_config
-from spd.report import ARMS, write_report
+from spd.arms import DEFAULT_ARMS as ARMS
+from spd.report import write_report
 from spd.run import run
 
 
@@ -108,7 +109,7 @@ def test_the_report_escapes_what_models_and_records_say(finished, tmp_path):
 def test_a_finished_run_started_again_does_no_work(finished, checkpoint, made_records, monkeypatch):
     folder, scores, _ = finished
     before = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
-    monkeypatch.setattr("spd.run.calibrate", None)
+    monkeypatch.setattr("spd.stages.calibrate", None)
     monkeypatch.setattr("spd.generation._generate_batch", None)
     monkeypatch.setattr("spd.distillation._train", None)
     again = run(config_for(checkpoint, made_records), folder, progress=False)

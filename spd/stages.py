@@ -1,0 +1,319 @@
+"""The stages of an experiment, each made once and kept in a folder: subspaces, completions, adapters, evaluations.
+
+FOLDER/
+  base/evaluations/TASK.jsonl                 the model as it came
+  CAPABILITY/prompts.json                     which training prompts the model has no room for
+  CAPABILITY/subspace/, subspaces/OPTIONS/    spd.calibrate and its controls
+  CAPABILITY/generations/NAME.jsonl           NAME: plain, projected, ssd, or the options of a projection
+  CAPABILITY/adapters/NAME/
+  CAPABILITY/evaluations/ARM/TASK.jsonl
+  timings.json
+
+Arms share what they have in common, because it has the same name. Whatever is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spd import controls
+from spd.arms import Arm, Projection
+from spd.calibration import calibrate
+from spd.config import InterventionSettings, RunConfig
+from spd.distillation import WEIGHTS, adapted, distill, merged
+from spd.evaluation import Evaluation, evaluate
+from spd.example import Example
+from spd.files import read_json, sha256_of_file, write_json
+from spd.generation import Generation, generate, without_room
+from spd.intervention import Attachment, attach
+from spd.subspace import MANIFEST, Subspace
+from spd.tasks import Task, load_task
+
+_DRAWN = ("random", "shuffled")
+"""Subspaces that depend on the seed."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One cell of the result: an arm trained for one capability (None for the base), tested on one task."""
+
+    capability: str | None
+    arm: str
+    evaluation: Evaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"capability": self.capability, "arm": self.arm, **self.evaluation.to_dict()}
+
+
+class Stages:
+    """The stages of one model under one configuration.
+
+    Args:
+        config: settings of every stage.
+        folder: where results go.
+        model: the original model, which is left as it is.
+        tokenizer: its tokenizer.
+        shared: folder for what does not depend on the seed, shared with other seeds (default: `folder`).
+        run_generated_code: see `spd.evaluate`.
+        progress: show progress bars.
+        say: receives one line for every stage that begins.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        shared: Path | None = None,
+        run_generated_code: bool = False,
+        progress: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.shared = shared or folder
+        self.model = model
+        self.tokenizer = tokenizer
+        self.run_generated_code = run_generated_code
+        self.progress = progress
+        self.say = say
+        self.task = cache(self._load_task)
+        self.adapter = cache(self._adapter)
+        self.training_prompts = cache(self._training_prompts)
+
+    def evaluate(self, capability: str | None, arm: Arm, tests: Sequence[str]) -> list[Score]:
+        """Test an arm, after making whatever of it is missing. The base belongs to no capability."""
+        if capability is None:
+            return self._evaluate(None, arm, tests, self.model, "", self.shared)
+        if not arm.trained:
+            assert arm.projection is not None
+            with self.attached(capability, arm.projection):
+                tag, root = self._subspace_tag(capability, arm.projection), self._root(arm.projection)
+                return self._evaluate(capability, arm, tests, self.model, tag, root)
+        with self.tuned(capability, arm) as model:
+            tag = f"adapter {sha256_of_file(self.adapter(capability, arm, arm.rounds) / WEIGHTS)}"
+            return self._evaluate(capability, arm, tests, model, tag, self.folder)
+
+    @contextmanager
+    def tuned(self, capability: str, arm: Arm) -> Iterator[nn.Module]:
+        """The model that a trained arm ends with, inside the block."""
+        adapter = self.adapter(capability, arm, arm.rounds)
+        with self.started(capability, arm, arm.rounds), adapted(self.model, adapter) as model:
+            yield model
+
+    @contextmanager
+    def started(self, capability: str, arm: Arm, round: int) -> Iterator[None]:
+        """Inside the block the model is what a round starts from: the original with all earlier rounds in its weights."""
+        with ExitStack() as stack:
+            for earlier in range(1, round):
+                stack.enter_context(merged(self.model, self.adapter(capability, arm, earlier)))
+            yield
+
+    def subspace(self, capability: str, projection: Projection, origin: str = "") -> Subspace:
+        """The subspace of a projection. `origin` names the round whose model it belongs to: then only inside `started`."""
+        folder = self.subspace_folder(capability, projection, origin)
+        if (folder / MANIFEST).is_file():
+            return Subspace.from_pretrained(folder, self.model)
+        bare = replace(projection, sides=None)
+        with self.stage("calibrate", ", ".join(filter(None, (capability, bare.slug, origin)))):
+            made = self._make_subspace(capability, bare, origin)
+            made.save_pretrained(folder)
+        return made
+
+    def subspace_folder(self, capability: str, projection: Projection, origin: str = "") -> Path:
+        slug = replace(projection, sides=None).slug
+        root = self._root(projection, origin) / capability
+        return root / "subspaces" / ((slug or "gradient") + origin) if slug or origin else root / "subspace"
+
+    def generations(self, capability: str, arm: Arm, round: int = 1) -> list[Generation]:
+        """What the model writes in a round of an arm; of a further round, only inside `started`."""
+        settings, name = self.config.generation, _written(arm, round)
+        sampling = arm.sampling or settings
+        with (
+            self.stage("generate", f"{capability}, {name}"),
+            self.attached(capability, arm.projection, _origin(arm, round)) if arm.projection else nullcontext(),
+        ):
+            return generate(
+                self.model,
+                self.tokenizer,
+                self.training_prompts(capability),
+                out=self.folder / capability / "generations" / f"{name}.jsonl",
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                max_new_tokens=settings.max_new_tokens or self.task(capability).max_new_tokens,
+                batch_size=settings.batch_size,
+                seed=self.config.seed,
+                tag=self._subspace_tag(capability, arm.projection, _origin(arm, round)) if arm.projection else "",
+                progress=self.progress,
+            )
+
+    def _adapter(self, capability: str, arm: Arm, round: int) -> Path:
+        """The adapter that a round of an arm ends with."""
+        recipe, rate, name = self.config.training, arm.learning_rate, _trained(arm, round)
+        with self.started(capability, arm, round):
+            generations = self.generations(capability, arm, round)
+            with self.stage("distill", f"{capability}, {name}"):
+                return distill(
+                    self.model,
+                    self.tokenizer,
+                    generations,
+                    out=self.folder / capability / "adapters" / name,
+                    recipe=replace(recipe, learning_rate=rate) if rate else recipe,
+                    progress=self.progress,
+                )
+
+    def attached(self, capability: str, projection: Projection, origin: str = "") -> Attachment:
+        subspace = self.subspace(capability, projection, origin)
+        return attach(self.model, subspace, **self._intervention(projection).model_dump())
+
+    def evaluation_file(self, capability: str | None, arm: Arm, test: str) -> Path:
+        """Where `evaluate` leaves the answers; the scored ones are beside it."""
+        if capability is None:
+            return self.shared / "base" / "evaluations" / f"{test}.jsonl"
+        root = self.folder if arm.trained or arm.projection is None else self._root(arm.projection)
+        return root / capability / "evaluations" / arm.slug / f"{test}.jsonl"
+
+    @contextmanager
+    def stage(self, kind: str, what: str) -> Iterator[None]:
+        """Say what begins, and add its seconds to `timings.json`, whose sums run over the sittings of a resumed run.
+
+        What a sitting that is killed had spent in its last stage is not in them.
+        """
+        self.say(f"{kind}: {what}")
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            path = self.folder / "timings.json"
+            timings = read_json(path) if path.exists() else {}
+            timings[kind] = timings.get(kind, 0.0) + time.perf_counter() - start
+            write_json(path, timings)
+
+    def _load_task(self, name: str) -> Task:
+        return load_task(name, self.config.data)
+
+    def _training_prompts(self, capability: str) -> list[str]:
+        task, settings = self.task(capability), self.config.generation
+        prompts = task.training_prompts()[: settings.prompts or task.training_size]
+        dropped = without_room(self.model, self.tokenizer, prompts, settings.max_new_tokens or task.max_new_tokens)
+        write_json(self.folder / capability / "prompts.json", {"prompts": len(prompts), "too_long": dropped})
+        if dropped:
+            warnings.warn(
+                f"generate: {len(dropped)} of {len(prompts)} training prompts of {capability} are too long for the "
+                f"model and are left out: {dropped[:10]}",
+                stacklevel=2,
+            )
+        return [prompt for index, prompt in enumerate(prompts) if index not in set(dropped)]
+
+    def _make_subspace(self, capability: str, projection: Projection, origin: str) -> Subspace:
+        kind = projection.subspace
+        if kind == "gradient" and projection.rank not in (None, "full"):
+            assert projection.rank is not None
+            return self.subspace(capability, replace(projection, rank="full"), origin).truncate(projection.rank)
+        examples = self._examples(capability, projection)
+        if kind == "gradient":
+            return self._calibrate(examples, projection)
+        like = self.subspace(capability, replace(projection, subspace="gradient"), origin)
+        if kind == "random":
+            return controls.random_subspace(like, self.config.seed)
+        if kind == "shuffled":
+            return self._calibrate(controls.shuffled_labels(examples, self.config.seed), projection)
+        if kind == "bottom":
+            full = self.subspace(capability, replace(projection, subspace="gradient", rank="full"), origin)
+            return controls.bottom_subspace(full, like)
+        settings = self.config.calibration
+        return controls.activation_subspace(
+            self.model,
+            self.tokenizer,
+            examples,
+            like,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            progress=self.progress,
+        )
+
+    def _calibrate(self, examples: list[Example], projection: Projection) -> Subspace:
+        settings = self.config.calibration
+        layers = projection.layers or settings.layers
+        return calibrate(
+            self.model,
+            self.tokenizer,
+            examples,
+            layers=list(layers) if isinstance(layers, tuple) else layers,
+            rank=projection.rank or settings.rank,
+            loss=projection.loss or settings.loss,
+            center=settings.center,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            progress=self.progress,
+        )
+
+    def _examples(self, capability: str, projection: Projection) -> list[Example]:
+        task = self.task(projection.source or capability)
+        return task.calibration()[: projection.examples or self.config.calibration.examples or task.calibration_size]
+
+    def _evaluate(
+        self, capability: str | None, arm: Arm, tests: Sequence[str], model: nn.Module, tag: str, root: Path
+    ) -> list[Score]:
+        settings, scores = self.config.evaluation, []
+        with self.stage("evaluate", f"{capability}, {arm.name}" if capability else arm.name):
+            for test in tests:
+                evaluation = evaluate(
+                    model,
+                    self.tokenizer,
+                    self.task(test),
+                    limit=settings.questions,
+                    out=self.evaluation_file(capability, arm, test),
+                    max_new_tokens=settings.max_new_tokens,
+                    batch_size=settings.batch_size,
+                    tag=tag,
+                    run_generated_code=self.run_generated_code,
+                    progress=self.progress,
+                )
+                scores.append(Score(capability, arm.name, evaluation))
+        return scores
+
+    def _root(self, projection: Projection, origin: str = "") -> Path:
+        return self.folder if projection.subspace in _DRAWN or origin else self.shared
+
+    def _intervention(self, projection: Projection) -> InterventionSettings:
+        settings = self.config.intervention
+        return settings.model_copy(update={"sides": projection.sides}) if projection.sides else settings
+
+    def _subspace_tag(self, capability: str, projection: Projection, origin: str = "") -> str:
+        manifest = sha256_of_file(self.subspace_folder(capability, projection, origin) / MANIFEST)
+        return f"subspace {manifest}, {self._intervention(projection).model_dump_json()}"
+
+
+def _completions(arm: Arm) -> str:
+    """What an arm's model writes in its first round, by a name that arms share which write the same."""
+    if arm.projection is None:
+        return arm.name.partition(":")[0] if arm.sampling else "plain"
+    return arm.projection.slug or "projected"
+
+
+def _trained(arm: Arm, round: int) -> str:
+    rate = f",lr={arm.learning_rate:g}" if arm.learning_rate else ""
+    return _completions(arm) + rate + (f".round-{round}" if round > 1 else "")
+
+
+def _written(arm: Arm, round: int) -> str:
+    return _completions(arm) if round == 1 else _trained(arm, round)
+
+
+def _origin(arm: Arm, round: int) -> str:
+    """Which trained model a round starts from, as the end of a file name; "" for the original."""
+    return f".after-{_trained(arm, round - 1)}" if round > 1 else ""
