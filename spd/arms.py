@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from spd.errors import InputError
+from spd.errors import InputError, near
+from spd.sites import NAMED_LAYERS
 from spd.subspace import check_rank
 
 SubspaceKind = Literal["gradient", "random", "activations", "bottom", "shuffled"]
@@ -64,6 +64,11 @@ class Projection:
         """What is not at its default, by the names that an arm's text has for it."""
         values = {option: getattr(self, name) for option, name in _FIELD.items()}
         return {option: value for option, value in values.items() if value not in (None, "gradient")}
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the subspace depends on a seed."""
+        return self.subspace in ("random", "shuffled")
 
     @property
     def slug(self) -> str:
@@ -124,7 +129,7 @@ def parse_arm(text: str) -> Arm:
     """
     kind, _, tail = text.partition(":")
     if kind not in ARMS:
-        raise InputError(f"arm: there is no {kind!r}, only {', '.join(ARMS)}{_near(kind, ARMS)}")
+        raise InputError(f"arm: there is no {kind!r}, only {', '.join(ARMS)}{near(kind, ARMS)}")
     arm = ARMS[kind]
     if not tail and ":" not in text:
         return arm
@@ -132,7 +137,7 @@ def parse_arm(text: str) -> Arm:
     for part in tail.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in OPTIONS:
-            raise InputError(f"arm: {text!r}: no option {key!r}, only {', '.join(OPTIONS)}{_near(key, OPTIONS)}")
+            raise InputError(f"arm: {text!r}: no option {key!r}, only {', '.join(OPTIONS)}{near(key, OPTIONS)}")
         if not equals or not value:
             raise InputError(f"arm: {text!r}: expected OPTION=VALUE, got {part!r}")
         if key in options:
@@ -142,6 +147,13 @@ def parse_arm(text: str) -> Arm:
         if (key in TRAINING_OPTIONS and not arm.trained) or (key in _FIELD and arm.projection is None):
             raise InputError(f"arm: {text!r}: {kind} has no {'training' if key in TRAINING_OPTIONS else 'projection'}")
     return _with_options(arm, options)
+
+
+def without(arm: Arm, option: str) -> Arm:
+    """The same arm with one option left at its default."""
+    kind, _, tail = arm.name.partition(":")
+    rest = [part for part in tail.split(",") if not part.startswith(f"{option}=")]
+    return parse_arm(f"{kind}:{','.join(rest)}" if rest else kind)
 
 
 def parse_arms(texts: list[str] | tuple[str, ...]) -> list[Arm]:
@@ -190,15 +202,10 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w=,.+]+", "-", text)
 
 
-def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def _choice(*known: str) -> Any:
     def read(text: str, value: str) -> str:
         if value not in known:
-            raise InputError(f"arm: {text!r}: expected one of {', '.join(known)}, got {value!r}{_near(value, known)}")
+            raise InputError(f"arm: {text!r}: expected one of {', '.join(known)}, got {value!r}{near(value, known)}")
         return value
 
     return read
@@ -230,11 +237,12 @@ def _rate(text: str, value: str) -> float:
 
 
 def _layers(text: str, value: str) -> str | tuple[int, ...]:
-    if value in ("paper", "all"):
+    if value in NAMED_LAYERS:
         return value
     parts = value.split("+")
     if not all(part.isdecimal() for part in parts):
-        raise InputError(f'arm: {text!r}: layers: expected "paper", "all" or indices such as 3+7, got {value!r}')
+        names = ", ".join(NAMED_LAYERS)
+        raise InputError(f"arm: {text!r}: layers: expected one of {names}, or indices such as 3+7, got {value!r}")
     return tuple(int(part) for part in parts)
 
 

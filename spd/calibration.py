@@ -6,7 +6,6 @@ real token positions t of all examples; U is the first r right singular vectors 
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from spd.errors import InputError
 from spd.example import Example
 from spd.files import sha256
 from spd.intervention import refuse_if_attached
+from spd.likelihood import logits_at, padded
 from spd.model_state import frozen, input_device, position_limit
 from spd.progress import bar
 from spd.provenance import config_hash, model_name, versions
@@ -38,7 +38,7 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
-    layers: Literal["paper", "all"] | str | Sequence[int] = "paper",
+    layers: Literal["paper", "middle", "last", "all"] | str | Sequence[int] = "paper",
     rank: Literal["half"] | str | int = "half",
     loss: Literal["spans", "full"] | str = "spans",
     center: bool = True,
@@ -56,8 +56,8 @@ def calibrate(
         model: a causal language model of transformers.
         tokenizer: its fast tokenizer.
         examples: labelled examples; those whose spans leave no token within `max_length` are counted and left out.
-        layers: "paper" (n // 2 and n - 1), "all", or layer indices.
-        rank: "half" (d // 2), "full" (d), "energy:p" (smallest rank with p of the squared singular values), or an integer.
+        layers: "paper" (n // 2 and n - 1), "middle" or "last" (either of the two), "all", or layer indices.
+        rank: "half" (d // 2), "full" (d), "energy:p" (smallest rank with p of the squared singular values), or a number.
         loss: "spans" (the tokens of the examples' spans) or "full" (every token).
         center: remove the column mean of G, as published.
         batch_size: examples in one forward and backward pass.
@@ -142,7 +142,7 @@ def _add_batch(
     A half-precision backward pass runs on a scaled loss, because gradients at K underflow float16. If the scaled
     gradients overflow instead, the batch is taken again at a smaller scale; nothing of the failed pass is kept.
     """
-    tokens, real = _padded(batch, input_device(model))
+    tokens, real = padded([example.tokens for example in batch], input_device(model))
     while True:
         rows = {(site.layer, side): _BatchRows(scale) for site in sites for side in "kv"}
         with _tapped(sites, rows, real):
@@ -213,13 +213,6 @@ def _tapped(sites: list[Site], rows: dict[tuple[int, str], _BatchRows], real: Te
             handle.remove()
 
 
-def _padded(batch: list[EncodedExample], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T), padded on the right whatever the tokenizer prefers, and which of them are real (B, T) bool."""
-    lengths = torch.tensor([len(example.tokens) for example in batch])
-    tokens = nn.utils.rnn.pad_sequence([torch.tensor(example.tokens) for example in batch], batch_first=True)
-    return tokens.to(device), (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
-
-
 def _loss(model: nn.Module, batch: list[EncodedExample], tokens: Tensor, real: Tensor) -> Tensor:
     """sum_i L_i over the batch: a sum, so that an example's gradient does not depend on its neighbours."""
     device = tokens.device
@@ -227,14 +220,8 @@ def _loss(model: nn.Module, batch: list[EncodedExample], tokens: Tensor, real: T
     targets = torch.tensor([t for example in batch for t in example.targets], device=device)
     weights = torch.tensor([1.0 / len(example.targets) for example in batch for _ in example.targets], device=device)
 
-    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": real.long(), "use_cache": False}
     positions, column = torch.unique(targets - 1, return_inverse=True)
-    one_device = len(set(getattr(model, "hf_device_map", {}).values())) < 2
-    if one_device and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        arguments["logits_to_keep"] = positions  # the vocabulary is only multiplied out where S needs it
-    else:
-        column = targets - 1
-    logits = model(**arguments).logits
+    logits = logits_at(model, tokens, real, positions)
     logits = logits[rows.to(logits.device), column.to(logits.device)].float()  # (|S|, vocabulary)
     losses = cross_entropy(logits, tokens[rows, targets].to(logits.device), reduction="none")
     return (losses * weights.to(losses.device)).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,15 +17,17 @@ from spd.subspace import check_rank
 Positive = Field(default=None, ge=1)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of a TOML file: unknown keys and values of another type are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class CalibrationSettings(_Section):
+class CalibrationSettings(Section):
     """How many examples (None: the task's published number), and the arguments of `spd.calibrate`."""
 
     examples: int | None = Positive
-    layers: Literal["paper", "all"] | list[int] = "paper"
+    layers: Literal["paper", "middle", "last", "all"] | list[int] = "paper"
     rank: int | str = "half"
     loss: Literal["spans", "full"] = "spans"
     center: bool = True
@@ -39,7 +41,7 @@ class CalibrationSettings(_Section):
         return rank
 
 
-class InterventionSettings(_Section):
+class InterventionSettings(Section):
     """The arguments of `spd.attach`."""
 
     mode: Literal["auto", "hook", "fold", "latent_v", "latent"] = "auto"
@@ -48,7 +50,7 @@ class InterventionSettings(_Section):
     b: float = Field(default=1.0, allow_inf_nan=False)
 
 
-class GenerationSettings(_Section):
+class GenerationSettings(Section):
     """How many training prompts (None: all of the task's), and the arguments of `spd.generate`."""
 
     prompts: int | None = Positive
@@ -59,7 +61,7 @@ class GenerationSettings(_Section):
     batch_size: int = Field(default=32, ge=1)
 
 
-class EvaluationSettings(_Section):
+class EvaluationSettings(Section):
     """How many test questions (None: the task's published number), and the arguments of `spd.evaluate`."""
 
     questions: int | None = Positive
@@ -67,13 +69,14 @@ class EvaluationSettings(_Section):
     batch_size: int = Field(default=32, ge=1)
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run.
 
     Args:
         model: checkpoint folder, hub name, or "proving-ground" for the model that the project carries.
         tasks: capabilities to improve, each calibrated and trained for itself.
         evaluate: tasks to test every arm on (default: `tasks`).
+        prompts: "plain"; "chat", inside the tokenizer's chat template; or "harness", as lm-evaluation-harness asks.
         arms: what to compare, in the words of `spd.arms`; the base is always among them.
         data: folder of local records, NAME/SPLIT.jsonl; without it data sets come from the hub.
         dtype: of the weights; "auto" takes the checkpoint's on a GPU and float32 on the CPU.
@@ -85,6 +88,7 @@ class RunConfig(_Section):
     tasks: list[str] = Field(min_length=1)
     evaluate: list[str] = []
     arms: list[str] = Field(default=list(DEFAULT_ARMS), min_length=1)
+    prompts: Literal["plain", "chat", "harness"] = "plain"
     data: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
@@ -136,12 +140,7 @@ def load_config(path: str | Path) -> RunConfig:
         InputError: no such file, not TOML, an unknown key (the near one is suggested), or a value out of range.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"config: there is no file {path}")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file ({error})") from None
+    values = read_toml(path)
     for key in ("model", "data"):
         value = values.get(key)
         if isinstance(value, str) and not Path(value).is_absolute() and (path.parent / value).is_dir():
@@ -149,19 +148,36 @@ def load_config(path: str | Path) -> RunConfig:
     return parse_config(values, source=str(path))
 
 
-def parse_config(values: dict[str, Any], source: str = "config") -> RunConfig:
+def read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"config: there is no file {path}")
     try:
-        return RunConfig.model_validate(values)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file ({error})") from None
+
+
+def parse_config(values: dict[str, Any], source: str = "config") -> RunConfig:
+    return parse_section(RunConfig, values, source)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse_section(model: type[SectionT], values: dict[str, Any], source: str) -> SectionT:
+    """Validate; the first thing wrong becomes one line that names its key."""
+    try:
+        return model.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{source}: {_explain(error.errors()[0])}") from None
+        raise InputError(f"{source}: {_explain(model, error.errors()[0])}") from None
 
 
-def _explain(error: Any) -> str:
+def _explain(model: type[Section], error: Any) -> str:
     *sections, key = [str(part) for part in error["loc"]] or [""]
     name = ".".join([*sections, key])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        section: Any = RunConfig.model_fields[sections[0]].annotation if sections else RunConfig
+        section: Any = model.model_fields[sections[0]].annotation if sections else model
         return _unknown(key, list(section.model_fields), "".join(f"{part}." for part in sections))
     if error["type"] == "missing":
         return f"the key {name!r} is required"

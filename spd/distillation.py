@@ -199,7 +199,7 @@ def adapted(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
 
 @contextmanager
 def merged(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
-    """The model with an adapter multiplied into its weights inside the block; the very same weights as before afterwards.
+    """The model with an adapter in its weights inside the block; the very same weights as before afterwards.
 
     Unlike `adapted` it yields the model itself, which can be calibrated, projected and trained: the start of a further
     round of self-distillation.

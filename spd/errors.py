@@ -1,5 +1,10 @@
 """The one exception type that means "what you passed in is wrong"."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input from the user: the message names the argument, what was expected and what came.
@@ -7,3 +12,10 @@ class InputError(ValueError):
     The command line prints it as one line and exits with status 2; everything else that is raised is a bug of ours
     and keeps its traceback.
     """
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What was probably meant, for the end of an error's message: "; did you mean ...?", or nothing."""
+    full = {each.partition(":")[0].lower(): each for each in known}
+    found = difflib.get_close_matches(name.lower(), full, n=1)
+    return f"; did you mean {full[found[0]]!r}?" if found else ""

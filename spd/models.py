@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spd.errors import InputError
 
@@ -29,23 +29,46 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if name == PROVING_GROUND:
-        from spd.proving_ground import checkpoint
-
-        name = checkpoint()
+    name = _checkpoint(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         resolved: str | torch.dtype = "auto" if device != "cpu" else torch.float32
     else:
         resolved = getattr(torch, dtype)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"model: the folder {name} holds no checkpoint (config.json is missing)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=resolved)
         model.to(device)  # type: ignore[arg-type]
     except Exception as error:  # safetensors, JSON, hub and device errors share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"model: {name} could not be loaded on {device} ({reason})") from error
+        raise InputError(f"model: {name} could not be loaded on {device} ({_reason(error)})") from error
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str | Path) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """A checkpoint's tokenizer, and how many positions its model has, without reading the weights.
+
+    Raises:
+        InputError: there is no such checkpoint, or its tokenizer or configuration cannot be read.
+    """
+    name = _checkpoint(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    except Exception as error:
+        raise InputError(f"model: the tokenizer of {name} could not be loaded ({_reason(error)})") from error
+    return tokenizer, getattr(config, "max_position_embeddings", None)
+
+
+def _checkpoint(name: str | Path) -> str | Path:
+    if name == PROVING_GROUND:
+        from spd.proving_ground import checkpoint
+
+        return checkpoint()
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise InputError(f"model: the folder {name} holds no checkpoint (config.json is missing)")
+    return name
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

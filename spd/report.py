@@ -33,7 +33,8 @@ def write_report(folder: str | Path) -> Path:
     """Write `report.html` into a run folder whose `metrics.json` is there; returns its path."""
     folder = Path(folder)
     config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
-    capabilities = [_capability(folder, name) for name in config["tasks"]]
+    names = list(dict.fromkeys(score["capability"] for score in metrics if score["capability"]))
+    capabilities = [_capability(folder, name) for name in names]
     environment = page_environment()
     page = environment.get_template("report.html").render(
         config=config,
@@ -44,7 +45,7 @@ def write_report(folder: str | Path) -> Path:
         arms={name: parse_arm(name).meaning for name in config["arms"]},
         bars=plots.accuracy_bars(metrics),
         capabilities=capabilities,
-        samples=_samples(folder, config, metrics),
+        samples=_samples(folder, names, config["arms"], metrics),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -74,8 +75,9 @@ def score_table(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _capability(folder: Path, name: str) -> dict[str, Any]:
     where = folder / name
     subspace = Subspace.from_pretrained(where / "subspace") if (where / "subspace").is_dir() else None
-    manifests = sorted((where / "adapters").glob("*/training.json"), key=lambda path: _NAMED.get(path.parent.name, (9,)))
-    training = {_NAMED.get(path.parent.name, (9, path.parent.name))[1]: read_json(path) for path in manifests}
+    found = {path.parent.name: read_json(path) for path in sorted((where / "adapters").glob("*/training.json"))}
+    names = sorted(found, key=lambda name: (name not in _ARM_OF, name))
+    training = {_ARM_OF.get(name, name): found[name] for name in names}
     prompts = where / "prompts.json"
     return {
         "name": name,
@@ -88,18 +90,19 @@ def _capability(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-_NAMED = {"plain": (0, "self-training"), "projected": (1, "spd")}
+_ARM_OF = {"plain": "self-training", "projected": "spd"}
 """Adapters that are called after what they were trained on, and the arms they are."""
 
 
-def _samples(folder: Path, config: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Sample]:
+def _samples(
+    folder: Path, capabilities: list[str], arms: list[str], metrics: list[dict[str, Any]]
+) -> list[Sample]:
     """Questions whose outcome an arm changed, gains and losses in turn, then unchanged ones; a few a capability."""
-    arms = [name for name in config["arms"] if name != "base"]
-    if not arms:
+    if not capabilities:
         return []
     arm = "spd" if "spd" in arms else arms[-1]
     samples = []
-    for name in config["tasks"]:
+    for name in capabilities:
         tested = [score["task"] for score in metrics if score["capability"] == name]
         task = name if name in tested else tested[0]
         base = read_jsonl(folder / "base" / "evaluations" / f"{task}.scored.jsonl")

@@ -67,11 +67,12 @@ def run(
         stages = Stages(
             config, folder, model, tokenizer, run_generated_code=run_generated_code, progress=progress, say=say
         )
-        scores = stages.evaluate(None, ARMS["base"], config.evaluated)
-        for capability in config.tasks:
+        capabilities, tests = ([stages.task(name).name for name in names] for names in (config.tasks, config.evaluated))
+        scores = stages.evaluate(None, ARMS["base"], tests)
+        for capability in capabilities:
             for arm in map(parse_arm, config.arms):
                 if arm.name != "base":
-                    scores += stages.evaluate(capability, arm, config.evaluated)
+                    scores += stages.evaluate(capability, arm, tests)
         write_json(folder / "metrics.json", [score.to_dict() for score in scores])
         with stages.stage("report", "report.html"):
             write_report(folder)

@@ -120,14 +120,19 @@ def depth(model: nn.Module) -> int:
     return int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
 
 
-def choose_layers(sites: dict[int, Site], layers: Literal["paper", "all"] | str | Sequence[int], n: int) -> list[int]:
-    """Resolve "paper" (n // 2 and n - 1), "all" that can be reached, or a list; errors name what is there."""
+NAMED_LAYERS = ("paper", "middle", "last", "all")
+
+
+def choose_layers(
+    sites: dict[int, Site], layers: Literal["paper", "middle", "last", "all"] | str | Sequence[int], n: int
+) -> list[int]:
+    """Resolve "paper" (n // 2 and n - 1), either of the two, "all" that can be reached, or a list of indices."""
     if isinstance(layers, str):
         if layers == "all":
             return list(sites)
-        if layers != "paper":
-            raise InputError(f'layers: expected "paper", "all" or a list of layer indices, got {layers!r}')
-        layers = sorted({n // 2, n - 1})
+        if layers not in NAMED_LAYERS:
+            raise InputError(f"layers: expected one of {', '.join(NAMED_LAYERS)} or a list of indices, got {layers!r}")
+        layers = sorted({"middle": {n // 2}, "last": {n - 1}, "paper": {n // 2, n - 1}}[layers])
     chosen = list(layers)
     if not chosen:
         raise InputError("layers: expected at least one layer, got an empty list")

@@ -31,6 +31,7 @@ from spd.arms import Arm, Projection
 from spd.calibration import calibrate
 from spd.config import InterventionSettings, RunConfig
 from spd.distillation import WEIGHTS, adapted, distill, merged
+from spd.errors import InputError
 from spd.evaluation import Evaluation, evaluate
 from spd.example import Example
 from spd.files import read_json, sha256_of_file, write_json
@@ -38,9 +39,6 @@ from spd.generation import Generation, generate, without_room
 from spd.intervention import Attachment, attach
 from spd.subspace import MANIFEST, Subspace
 from spd.tasks import Task, load_task
-
-_DRAWN = ("random", "shuffled")
-"""Subspaces that depend on the seed."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class Stages:
         model: the original model, which is left as it is.
         tokenizer: its tokenizer.
         shared: folder for what does not depend on the seed, shared with other seeds (default: `folder`).
+        timings: file for the seconds of every kind of stage (default: `timings.json` in `folder`).
         run_generated_code: see `spd.evaluate`.
         progress: show progress bars.
         say: receives one line for every stage that begins.
@@ -77,6 +76,7 @@ class Stages:
         tokenizer: PreTrainedTokenizerBase,
         *,
         shared: Path | None = None,
+        timings: Path | None = None,
         run_generated_code: bool = False,
         progress: bool = True,
         say: Callable[[str], None] = lambda line: None,
@@ -84,14 +84,24 @@ class Stages:
         self.config = config
         self.folder = folder
         self.shared = shared or folder
+        self.timings = timings or folder / "timings.json"
         self.model = model
         self.tokenizer = tokenizer
         self.run_generated_code = run_generated_code
         self.progress = progress
         self.say = say
-        self.task = cache(self._load_task)
+        self._tasks: dict[str, Task] = {}
         self.adapter = cache(self._adapter)
         self.training_prompts = cache(self._training_prompts)
+
+    def task(self, name: str) -> Task:
+        """A task by the name it was asked for, or by its own, which its folder has."""
+        if name not in self._tasks:
+            task = load_task(name, self.config.data, prompts=self.config.prompts, tokenizer=self.tokenizer)
+            if task.name in self._tasks:
+                raise InputError(f"task: {name} is called {task.name}, and so is another task of this run")
+            self._tasks |= {name: task, task.name: task}
+        return self._tasks[name]
 
     def evaluate(self, capability: str | None, arm: Arm, tests: Sequence[str]) -> list[Score]:
         """Test an arm, after making whatever of it is missing. The base belongs to no capability."""
@@ -115,14 +125,17 @@ class Stages:
 
     @contextmanager
     def started(self, capability: str, arm: Arm, round: int) -> Iterator[None]:
-        """Inside the block the model is what a round starts from: the original with all earlier rounds in its weights."""
+        """Inside the block the model is what a round starts from: it has all earlier rounds in its weights."""
+        adapters = [self.adapter(capability, arm, earlier) for earlier in range(1, round)]
         with ExitStack() as stack:
-            for earlier in range(1, round):
-                stack.enter_context(merged(self.model, self.adapter(capability, arm, earlier)))
+            for adapter in adapters:
+                stack.enter_context(merged(self.model, adapter))
             yield
 
     def subspace(self, capability: str, projection: Projection, origin: str = "") -> Subspace:
-        """The subspace of a projection. `origin` names the round whose model it belongs to: then only inside `started`."""
+        """The subspace of a projection. With an `origin`, of that further round's model: then only inside `started`."""
+        if projection.source and not origin:  # another task's own
+            capability, projection = projection.source, replace(projection, source=None)
         folder = self.subspace_folder(capability, projection, origin)
         if (folder / MANIFEST).is_file():
             return Subspace.from_pretrained(folder, self.model)
@@ -133,9 +146,16 @@ class Stages:
         return made
 
     def subspace_folder(self, capability: str, projection: Projection, origin: str = "") -> Path:
+        if projection.source and not origin:
+            capability, projection = projection.source, replace(projection, source=None)
         slug = replace(projection, sides=None).slug
         root = self._root(projection, origin) / capability
         return root / "subspaces" / ((slug or "gradient") + origin) if slug or origin else root / "subspace"
+
+    @staticmethod
+    def origin(arm: Arm, round: int) -> str:
+        """Which trained model a round starts from, as the end of a file name; "" for the original."""
+        return f".after-{_trained(arm, round - 1)}" if round > 1 else ""
 
     def generations(self, capability: str, arm: Arm, round: int = 1) -> list[Generation]:
         """What the model writes in a round of an arm; of a further round, only inside `started`."""
@@ -143,7 +163,7 @@ class Stages:
         sampling = arm.sampling or settings
         with (
             self.stage("generate", f"{capability}, {name}"),
-            self.attached(capability, arm.projection, _origin(arm, round)) if arm.projection else nullcontext(),
+            self.attached(capability, arm.projection, self.origin(arm, round)) if arm.projection else nullcontext(),
         ):
             return generate(
                 self.model,
@@ -156,7 +176,7 @@ class Stages:
                 max_new_tokens=settings.max_new_tokens or self.task(capability).max_new_tokens,
                 batch_size=settings.batch_size,
                 seed=self.config.seed,
-                tag=self._subspace_tag(capability, arm.projection, _origin(arm, round)) if arm.projection else "",
+                tag=self._subspace_tag(capability, arm.projection, self.origin(arm, round)) if arm.projection else "",
                 progress=self.progress,
             )
 
@@ -197,17 +217,13 @@ class Stages:
         try:
             yield
         finally:
-            path = self.folder / "timings.json"
-            timings = read_json(path) if path.exists() else {}
+            timings = read_json(self.timings) if self.timings.exists() else {}
             timings[kind] = timings.get(kind, 0.0) + time.perf_counter() - start
-            write_json(path, timings)
-
-    def _load_task(self, name: str) -> Task:
-        return load_task(name, self.config.data)
+            write_json(self.timings, timings)
 
     def _training_prompts(self, capability: str) -> list[str]:
         task, settings = self.task(capability), self.config.generation
-        prompts = task.training_prompts()[: settings.prompts or task.training_size]
+        prompts = task.training_prompts()[: settings.prompts]
         dropped = without_room(self.model, self.tokenizer, prompts, settings.max_new_tokens or task.max_new_tokens)
         write_json(self.folder / capability / "prompts.json", {"prompts": len(prompts), "too_long": dropped})
         if dropped:
@@ -230,7 +246,7 @@ class Stages:
         if kind == "random":
             return controls.random_subspace(like, self.config.seed)
         if kind == "shuffled":
-            return self._calibrate(controls.shuffled_labels(examples, self.config.seed), projection)
+            return self._calibrate(controls.shuffled_labels(examples, self.config.seed, exchange="spans"), projection)
         if kind == "bottom":
             full = self.subspace(capability, replace(projection, subspace="gradient", rank="full"), origin)
             return controls.bottom_subspace(full, like)
@@ -283,11 +299,23 @@ class Stages:
                     run_generated_code=self.run_generated_code,
                     progress=self.progress,
                 )
+                if capability is not None and arm.trained:
+                    self._check_unseen(capability, evaluation)
                 scores.append(Score(capability, arm.name, evaluation))
         return scores
 
+    def _check_unseen(self, capability: str, evaluation: Evaluation) -> None:
+        seen = set(self.training_prompts(capability))
+        met = sum(answer.prompt in seen for answer in evaluation.answers)
+        if met:
+            warnings.warn(
+                f"evaluate: {met} of the {len(evaluation.answers)} questions of {evaluation.task} are training prompts "
+                f"of {capability}",
+                stacklevel=2,
+            )
+
     def _root(self, projection: Projection, origin: str = "") -> Path:
-        return self.folder if projection.subspace in _DRAWN or origin else self.shared
+        return self.folder if projection.drawn or origin else self.shared
 
     def _intervention(self, projection: Projection) -> InterventionSettings:
         settings = self.config.intervention
@@ -312,8 +340,3 @@ def _trained(arm: Arm, round: int) -> str:
 
 def _written(arm: Arm, round: int) -> str:
     return _completions(arm) if round == 1 else _trained(arm, round)
-
-
-def _origin(arm: Arm, round: int) -> str:
-    """Which trained model a round starts from, as the end of a file name; "" for the original."""
-    return f".after-{_trained(arm, round - 1)}" if round > 1 else ""

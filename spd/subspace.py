@@ -170,7 +170,7 @@ class Subspace:
 
 
 def choose_rank(rank: Literal["half", "full"] | str | int, singular_values: Tensor) -> int:
-    """Resolve "half" (d // 2), "full" (d), "energy:p" (smallest r with p of the squared singular values), or a number."""
+    """Resolve "half" (d // 2), "full" (d), "energy:p" (smallest r with p of the squared singular values), or a rank."""
     check_rank(rank)
     d = singular_values.numel()
     if rank == "full":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spd.proving_ground import choice, code, words
-from spd.proving_ground.generated import GeneratedTask
+from spd.proving_ground.generated import GeneratedTask, Steering
 
 _TASKS: tuple[GeneratedTask, ...] = (
     words.Words("words", words.IN_DOMAIN),
@@ -21,6 +21,11 @@ _TASKS: tuple[GeneratedTask, ...] = (
 )
 TASKS: dict[str, GeneratedTask] = {task.name: task for task in _TASKS}
 """Every task by name. Building it is cheap: records are drawn when they are first asked for."""
+
+STEERING: dict[str, Steering] = {
+    f"{task.name}-steering": Steering(task) for task in _TASKS if not task.name.endswith("-ood")
+}
+"""The capabilities once more, tested on the questions that `build` steered its training by."""
 
 
 def checkpoint() -> Path:

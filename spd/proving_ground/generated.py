@@ -94,6 +94,28 @@ class GeneratedTask(Task):
         return [Question(item.prompt, item.reference) for item in self.items(split)]
 
 
+class Steering(Task):
+    """A generated task tested on questions set aside for choosing settings, so that its test questions stay unseen."""
+
+    def __init__(self, task: GeneratedTask) -> None:
+        self.name = f"{task.name}-steering"
+        self.task = task
+        self.max_new_tokens = task.max_new_tokens
+        self.calibration_size = task.calibration_size
+
+    def calibration(self) -> list[Example]:
+        return self.task.calibration()
+
+    def training_prompts(self) -> list[str]:
+        return self.task.training_prompts()
+
+    def test(self) -> list[Question]:
+        return self.task.questions("steering")
+
+    def is_correct(self, completion: str, question: Question) -> bool:
+        return self.task.is_correct(completion, question)
+
+
 @cache
 def _items(task: GeneratedTask, split: str) -> tuple[Item, ...]:
     rng = Random(f"{task.name}/{split}")

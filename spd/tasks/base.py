@@ -37,14 +37,12 @@ class Task(ABC):
     """Length of a completion, in tokens (the paper: 256)."""
     calibration_size: int = 50
     """Default number of calibration examples (the paper: 50 for maths and code, 500 for multiple choice)."""
-    training_size: int | None = None
-    """Default number of training prompts (None: all)."""
     test_size: int | None = None
     """Default number of test questions (None: all)."""
     stop: tuple[str, ...] = ()
     """A completion ends before the first of these strings, for models that run on into a next question."""
     metric: Metric = "accuracy"
-    """What the task is judged by: the share of right completions, or the reference's negative log-likelihood a token."""
+    """What the task is judged by: the share of right completions, or the reference's NLL a token."""
     runs_code: bool = False
     """Whether judging a completion executes it. `spd.evaluate` then asks for consent."""
 

@@ -14,9 +14,9 @@ def final_number(text: str) -> Decimal | None:
     """The number after the first `####`, else the last number of the text, else None."""
     marked = _MARKED.search(text)
     if marked:
-        return _value(marked[1])
+        return to_number(marked[1])
     numbers = _ANY.findall(text)
-    return _value(numbers[-1]) if numbers else None
+    return to_number(numbers[-1]) if numbers else None
 
 
 def same_number(completion: str, reference: str) -> bool:
@@ -31,7 +31,8 @@ def marked_span(text: str) -> tuple[int, int] | None:
     return marks[-1].span(1) if marks else None
 
 
-def _value(text: str) -> Decimal | None:
+def to_number(text: str) -> Decimal | None:
+    """The value of what `NUMBER` matches."""
     try:
         return Decimal(text.replace(",", "").replace("$", ""))
     except InvalidOperation:

@@ -5,21 +5,26 @@ The worked answer is made from the record's equation and answer.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
+from spd.tasks.records import Record, Records
 from spd.tasks.word_problems import WordProblems
 
 
 class SVAMP(WordProblems):
     name = "svamp"
-    hub = ("ChilleD/SVAMP", None)
-    fields: ClassVar = {"Body": (str,), "Question": (str,), "Equation": (str,), "Answer": (str, int, float)}
+    harness_stop = None
+    records = Records(
+        "svamp",
+        ("ChilleD/SVAMP", None),
+        {"Body": (str,), "Question": (str,), "Equation": (str,), "Answer": (str, int, float)},
+        may_be_empty=("Body",),
+        key="ID",
+    )
 
-    def prompt(self, record: dict[str, Any]) -> str:
+    def prompt(self, record: Record) -> str:
         body = record["Body"].strip()
         if body and body[-1] not in ".!?,":
             body += "."
         return f"Question: {body} {record['Question'].strip()}\nAnswer:"
 
-    def worked_answer(self, record: dict[str, Any]) -> str:
+    def worked_answer(self, record: Record) -> str:
         return f"{record['Equation']} = {record['Answer']}\n#### {record['Answer']}"

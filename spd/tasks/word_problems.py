@@ -7,62 +7,44 @@ published. Answers are compared by value.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from spd.errors import InputError
 from spd.example import Example
-from spd.tasks.base import Question, Task
+from spd.tasks.base import Question
+from spd.tasks.data_set import DataSet
 from spd.tasks.numeric import marked_span, same_number
-from spd.tasks.records import load_records
+from spd.tasks.records import Record, Records
 
 
-class WordProblems(Task):
+class WordProblems(DataSet):
     """A data set of word problems: a subclass names its records and turns one into a prompt and a worked answer."""
 
     test_size = 100
     stop = ("\nQuestion:",)
-    hub: ClassVar[tuple[str, str | None]]
-    """Repository and configuration on the hub."""
-    fields: ClassVar[Mapping[str, tuple[type, ...]]]
-    """What a record carries, and the types it may have."""
-
-    def __init__(self, data: str | Path | None = None) -> None:
-        self._data = data
+    records: ClassVar[Records]
 
     @abstractmethod
-    def prompt(self, record: dict[str, Any]) -> str:
-        """The problem, ready to be completed."""
-
-    @abstractmethod
-    def worked_answer(self, record: dict[str, Any]) -> str:
+    def worked_answer(self, record: Record) -> str:
         """The reference, ending in `#### n`."""
 
-    def calibration(self) -> list[Example]:
-        return [self._example(record) for record in self._train]
+    def training_records(self) -> list[Record]:
+        return self.records.load("train", self._data, complaint=self._complaint)
 
-    def training_prompts(self) -> list[str]:
-        return [self.prompt(record) for record in self._train]
+    def test_records(self) -> list[Record]:
+        return self.records.load("test", self._data, complaint=self._complaint)
 
-    def test(self) -> list[Question]:
-        return [Question(self.prompt(record), self.worked_answer(record)) for record in self._load("test")]
+    def example(self, record: Record) -> Example:
+        prompt, completion = self.prompt(record), f" {self.worked_answer(record)}"
+        span = marked_span(prompt + completion)
+        assert span is not None  # `_complaint` has looked
+        return Example(prompt, completion, [span])
+
+    def question(self, record: Record, prompt: str) -> Question:
+        return Question(prompt, self.worked_answer(record))
 
     def is_correct(self, completion: str, question: Question) -> bool:
         return same_number(completion, question.reference)
 
-    @cached_property
-    def _train(self) -> list[dict[str, Any]]:
-        return self._load("train")
-
-    def _load(self, split: str) -> list[dict[str, Any]]:
-        return load_records(self.name, split, self.fields, data=self._data, hub=self.hub)
-
-    def _example(self, record: dict[str, Any]) -> Example:
-        prompt, answer = self.prompt(record), self.worked_answer(record)
-        completion = f" {answer}"
-        span = marked_span(prompt + completion)
-        if span is None:
-            raise InputError(f"{self.name}: an answer does not end in '#### n': {answer[-60:]!r}")
-        return Example(prompt, completion, [span])
+    def _complaint(self, record: Record) -> str | None:
+        answer = self.worked_answer(record)
+        return None if marked_span(answer) else f"the answer does not end in '#### n': {answer[-60:]!r}"

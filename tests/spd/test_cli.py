@@ -11,7 +11,8 @@ import pytest
 import typer
 from safetensors import SafetensorError
 
-from spd.cli import _print_scores, app, main
+from spd.cli import app, main
+from spd.cli.output import print_scores
 from spd.evaluation import Answer, Evaluation
 from spd.run import Score
 
@@ -209,7 +210,7 @@ def test_no_score_is_cut_off(count, terminal, tables, tmp_path, monkeypatch, cap
     monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb" if not terminal else "xterm")
     scores = scores_on(TESTS[:count])
-    _print_scores(scores, tmp_path)
+    print_scores(scores, tmp_path)
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     table, _, report = shown.rpartition("report: ")
     assert report.strip() == str(tmp_path / "report.html")

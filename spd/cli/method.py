@@ -1,0 +1,281 @@
+"""Commands that carry out the method, whole or stage by stage."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spd.cli.app import (
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Mode,
+    Model,
+    PromptsAs,
+    Quiet,
+    RunGeneratedCode,
+    Sides,
+    SubspaceFolder,
+    TaskName,
+    app,
+    say,
+)
+from spd.cli.output import print_evaluation, print_scores, print_spectra
+from spd.errors import InputError
+
+if TYPE_CHECKING:
+    from spd.tasks import Task
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="TOML file; README shows one, spd/config.py every key.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME-OF-CONFIG")] = None,
+    run_generated_code: RunGeneratedCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Carry out the whole method; started again on the same folder, go on where it stopped."""
+    from spd.config import load_config
+    from spd.run import run as carry_out
+
+    settings = load_config(config)
+    folder = Path("runs") / config.stem if out is None else out
+    scores = carry_out(settings, folder, run_generated_code=run_generated_code, progress=not quiet, say=say(quiet))
+    print_scores(scores, folder)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole method on the model and data that the project carries (about three minutes on two cores)."""
+    from spd.config import load_config
+    from spd.run import run as carry_out
+    from spd.subspace import Subspace
+
+    settings = load_config(Path(__file__).with_name("demo.toml"))
+    scores = carry_out(settings, out, progress=not quiet, say=say(quiet))
+    for task in settings.tasks:
+        print_spectra(f"Gradient spectra, {task}", Subspace.from_pretrained(out / task / "subspace"))
+    print_scores(scores, out)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="Folder for the subspace.")],
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration examples.", show_default="the task's")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(help='"paper" (middle and last), "middle", "last", "all", or indices: 3,7,11.')
+    ] = "paper",
+    rank: Annotated[str, typer.Option(help='"half", "full", "energy:0.95", or a number.')] = "half",
+    loss: Annotated[str, typer.Option(help='"spans" (correctness-defining tokens) or "full".')] = "spans",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in one pass.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 256,
+    prompts_as: PromptsAs = "plain",
+    data: Data = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Find the subspace of K and V in which a task's correctness is decided."""
+    import spd
+
+    chosen = _task(task, data, prompts_as, model)
+    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+    subspace = spd.calibrate(
+        loaded,
+        tokenizer,
+        chosen.calibration()[: chosen.calibration_size if examples is None else examples],
+        layers=_layers(layers),
+        rank=int(rank) if rank.isdecimal() else rank,
+        loss=loss,
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=not quiet,
+    )
+    subspace.save_pretrained(out)
+    if not quiet:
+        print_spectra(f"{task} on {model}", subspace)
+    typer.echo(out)
+
+
+@app.command()
+def generate(
+    model: Model,
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="JSON Lines file; resumed if it is there.")],
+    subspace: SubspaceFolder = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="The first so many training prompts.", show_default="all")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.7,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample among so many of the likeliest tokens.", show_default="all")
+    ] = None,
+    top_p: Annotated[float, typer.Option(help="Nucleus mass.")] = 0.9,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 42,
+    mode: Mode = "auto",
+    sides: Sides = "kv",
+    prompts_as: PromptsAs = "plain",
+    data: Data = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Sample one completion for each of a task's training prompts, projected if --subspace is given."""
+    import spd
+
+    _check_projection(subspace, mode, sides)
+    chosen = _task(task, data, prompts_as, model)
+    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+    with _projected(loaded, subspace, mode, sides):
+        spd.generate(
+            loaded,
+            tokenizer,
+            chosen.training_prompts()[:prompts],
+            out=out,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            tag=_tag(subspace, mode, sides),
+            progress=not quiet,
+        )
+    typer.echo(out)
+
+
+@app.command()
+def distill(
+    model: Model,
+    generations: Annotated[Path, typer.Option(help="JSON Lines file that `spd generate` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the LoRA adapter.")],
+    preset: Annotated[str, typer.Option(help="Recipe to start from.")] = "paper",
+    learning_rate: Annotated[float | None, typer.Option(help="In place of the preset's.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="In place of the preset's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="In place of the preset's.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune the original model on its own completions with LoRA."""
+    from dataclasses import replace
+
+    import spd
+    from spd.distillation import PRESETS
+    from spd.generation import read_generations
+
+    if preset not in PRESETS:
+        raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    given: dict[str, Any] = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    recipe = replace(PRESETS[preset], **{key: value for key, value in given.items() if value is not None})
+    completions = read_generations(generations)
+    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+    typer.echo(spd.distill(loaded, tokenizer, completions, out=out, recipe=recipe, progress=not quiet))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: TaskName,
+    subspace: SubspaceFolder = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter that `spd distill` wrote.")] = None,
+    run_generated_code: RunGeneratedCode = False,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="The first so many.", show_default="the published number")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON Lines file for the completions; resumed.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 32,
+    mode: Mode = "auto",
+    sides: Sides = "kv",
+    prompts_as: PromptsAs = "plain",
+    data: Data = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Score a model, projected or tuned, on a task's test questions."""
+    import spd
+
+    if subspace and adapter:
+        raise InputError("--subspace and --adapter: give one of them; the adapter is for the unprojected model")
+    _check_projection(subspace, mode, sides)
+    chosen = _task(task, data, prompts_as, model)
+    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+    with (
+        _projected(loaded, subspace, mode, sides),
+        spd.adapted(loaded, adapter) if adapter else nullcontext(loaded) as tested,
+    ):
+        evaluation = spd.evaluate(
+            tested,
+            tokenizer,
+            chosen,
+            limit=questions,
+            out=out,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            tag=_tag(subspace, mode, sides) or _tag(adapter),
+            run_generated_code=run_generated_code,
+            progress=not quiet,
+        )
+    print_evaluation(evaluation)
+
+
+def _task(name: str, data: Path | None, prompts_as: str, model: str) -> Task:
+    """The task, before the weights are read; for chat prompts that takes the tokenizer alone."""
+    import spd
+    from spd.models import load_tokenizer
+
+    tokenizer = load_tokenizer(model)[0] if prompts_as == "chat" else None
+    return spd.load_task(name, data, prompts=prompts_as, tokenizer=tokenizer)
+
+
+def _layers(text: str) -> str | list[int]:
+    from spd.sites import NAMED_LAYERS
+
+    if text in NAMED_LAYERS:
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        names = ", ".join(NAMED_LAYERS)
+        raise InputError(f"--layers: expected one of {names}, or indices such as 3,7, got {text!r}") from None
+
+
+def _check_projection(subspace: Path | None, mode: str, sides: str) -> None:
+    """Refuse, before a model is loaded, what would have no effect."""
+    if subspace is None and (mode, sides) != ("auto", "kv"):
+        raise InputError("--mode and --sides: they say how to project, which takes a --subspace")
+
+
+def _projected(model: Any, folder: Path | None, mode: str, sides: str) -> Any:
+    import spd
+
+    if folder is None:
+        return nullcontext()
+    return spd.attach(model, spd.Subspace.from_pretrained(folder, model), mode=mode, sides=sides)
+
+
+def _tag(folder: Path | None, *settings: str) -> str:
+    """What a subspace or an adapter adds to the settings of a resumable file."""
+    from spd.files import sha256_of_file
+
+    if folder is None:
+        return ""
+    weights = sorted(folder.glob("*.safetensors"))
+    return " ".join([*(sha256_of_file(path) for path in weights), *settings])
