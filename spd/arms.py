@@ -152,7 +152,7 @@ def parse_arm(text: str) -> Arm:
 def without(arm: Arm, option: str) -> Arm:
     """The same arm with one option left at its default."""
     kind, _, tail = arm.name.partition(":")
-    rest = [part for part in tail.split(",") if not part.startswith(f"{option}=")]
+    rest = [part for part in tail.split(",") if part and not part.startswith(f"{option}=")]
     return parse_arm(f"{kind}:{','.join(rest)}" if rest else kind)
 
 

@@ -226,6 +226,10 @@ class Stages:
         prompts = task.training_prompts()[: settings.prompts]
         dropped = without_room(self.model, self.tokenizer, prompts, settings.max_new_tokens or task.max_new_tokens)
         write_json(self.folder / capability / "prompts.json", {"prompts": len(prompts), "too_long": dropped})
+        if len(dropped) == len(prompts):
+            raise InputError(
+                f"task: none of the {len(prompts)} training prompts of {capability} fits the model's positions"
+            )
         if dropped:
             warnings.warn(
                 f"generate: {len(dropped)} of {len(prompts)} training prompts of {capability} are too long for the "
