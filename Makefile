@@ -4,10 +4,16 @@ BIN := .venv/bin
 # Two workers of one thread each: more threads than cores make small matrix products many times slower.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo reproduce test test-slow lint bench clean
 
 demo: .venv/ready            ## the whole method on the carried model: a table and runs/demo/report.html
 	$(BIN)/spd demo
+
+reproduce: .venv/ready       ## every table of the paper in miniature, and the sweep that chose its learning rate
+	$(BIN)/spd reproduce --miniature --out runs/reproduce
+	$(BIN)/spd reproduce learning-rate --miniature --out runs/reproduce
+	mkdir -p benchmarks/results/reproduce
+	cd runs/reproduce && cp -r results.json tables.json tables.md report.html figures ../../benchmarks/results/reproduce
 
 test: .venv/ready            ## everything but what is marked slow
 	$(PARALLEL)

@@ -57,7 +57,7 @@ def calibrate(
         tokenizer: its fast tokenizer.
         examples: labelled examples; those whose spans leave no token within `max_length` are counted and left out.
         layers: "paper" (n // 2 and n - 1), "middle" or "last" (either of the two), "all", or layer indices.
-        rank: "half" (d // 2), "full" (d), "energy:p" (smallest rank with p of the squared singular values), or a number.
+        rank: "half" (d // 2), "full" (d), "energy:p" (the least with p of the squared singular values), or a number.
         loss: "spans" (the tokens of the examples' spans) or "full" (every token).
         center: remove the column mean of G, as published.
         batch_size: examples in one forward and backward pass.

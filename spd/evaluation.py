@@ -174,6 +174,8 @@ def evaluate(
         label=label,
         progress=progress,
     )
+    if task.runs_code:
+        _say_what_is_not_enforced()
     verdicts = task.judge([_cut(task, generation.completion) for generation in generations], questions)
     nlls: list[float | None] = [None] * len(questions)
     if task.metric == "nll":
@@ -197,6 +199,16 @@ def check_consent(tasks: Sequence[Task], run_generated_code: bool) -> None:
         raise InputError(
             f"task: {', '.join(names)} is judged by running the code that the model writes; "
             "consent with --run-generated-code (run_generated_code=True), best inside a container"
+        )
+
+
+def _say_what_is_not_enforced() -> None:
+    from spd.sandbox import enforcement
+
+    missing = [measure.name for measure in enforcement() if not measure.enforced]
+    if missing:
+        warnings.warn(
+            f"evaluate: generated code is run, and this machine does not enforce: {', '.join(missing)}", stacklevel=3
         )
 
 

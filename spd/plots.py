@@ -29,13 +29,17 @@ P = ParamSpec("P")
 def _as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     @wraps(draw)
     def svg(*args: P.args, **kwargs: P.kwargs) -> str:
-        figure = draw(*args, **kwargs)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-        text = buffer.getvalue()
-        return text[text.index("<svg") :]
+        return svg_text(draw(*args, **kwargs))
 
     return svg
+
+
+def svg_text(figure: Figure) -> str:
+    """A figure as an `svg` element to put into a page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def blank_figure(width: float, height: float, panels: int = 1, *, sharey: bool = True) -> tuple[Figure, list[Any]]:

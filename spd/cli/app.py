@@ -104,3 +104,11 @@ def _quieten_libraries() -> None:
 
 def say(quiet: bool) -> Callable[[str], None]:
     return (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+
+
+def announce_sandbox(run_generated_code: bool, quiet: bool) -> None:
+    """Say what generated code can do on this machine, before any is run."""
+    if run_generated_code and not quiet:
+        from spd.sandbox import describe
+
+        typer.echo(describe(), err=True)

@@ -22,6 +22,7 @@ from spd.cli.app import (
     Sides,
     SubspaceFolder,
     TaskName,
+    announce_sandbox,
     app,
     say,
 )
@@ -45,6 +46,7 @@ def run(
 
     settings = load_config(config)
     folder = Path("runs") / config.stem if out is None else out
+    announce_sandbox(run_generated_code, quiet)
     scores = carry_out(settings, folder, run_generated_code=run_generated_code, progress=not quiet, say=say(quiet))
     print_scores(scores, folder)
 
@@ -215,6 +217,7 @@ def evaluate(
     if subspace and adapter:
         raise InputError("--subspace and --adapter: give one of them; the adapter is for the unprojected model")
     _check_projection(subspace, mode, sides)
+    announce_sandbox(run_generated_code, quiet)
     chosen = _task(task, data, prompts_as, model)
     loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
     with (

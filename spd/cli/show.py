@@ -62,8 +62,8 @@ def spans(
     import spd
     from spd.files import write_text
     from spd.models import load_tokenizer
+    from spd.span_preview import count_line, preview_html, print_preview
     from spd.span_preview import preview as preview_of
-    from spd.span_preview import preview_html, print_preview
     from spd.tasks.custom import calibration_by_rule
 
     tokenizer, limit = load_tokenizer(model)
@@ -71,8 +71,10 @@ def spans(
     marked = calibration_by_rule(chosen, rule) if rule else chosen.calibration()
     marked = marked[: chosen.calibration_size if examples is None else examples]
     previews = preview_of(tokenizer, marked, max_length=min(max_length, limit or max_length))
-    if html:
+    if not preview:
+        typer.echo(count_line(previews))
+    elif html:
         write_text(html, preview_html(previews, title=f"{chosen.name}: what counts"))
         typer.echo(html)
     else:
-        print_preview(previews, show=show if preview else 0, console=wide_console())
+        print_preview(previews, show=show, console=wide_console())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spd.cli.app import Data, Device, Dtype, Model, Quiet, RunGeneratedCode, app, say
+from spd.cli.app import Data, Device, Dtype, Model, Quiet, RunGeneratedCode, announce_sandbox, app, say
 from spd.cli.output import print_plan
 from spd.errors import InputError
 
@@ -71,6 +71,7 @@ def reproduce(
         "device": None if device == "auto" else device,
     }
     settings = load_settings(MINIATURE if miniature else config, given, seeds)
+    announce_sandbox(run_generated_code, quiet)
     carried = settings.model == PROVING_GROUND
     tables_file = remake(
         settings,

@@ -31,7 +31,7 @@ def diagnose(stages: Stages, capability: str, arms: Iterable[str], settings: Rep
     wanted = settings.diagnostics
     found: dict[str, Any] = {"arms": names, "shift": {}, "perplexity": {}, "drift": {}}
     for arm in trained:
-        if wanted.completions and arm.projection and arm.rounds == 1 and not arm.learning_rate:
+        if wanted.completions and arm.projection and arm.rounds == 1:
             found["shift"][arm.name] = _shift(stages, capability, arm, wanted.completions)
         if arm.projection and arm.rounds > 1:
             found["drift"][arm.name] = _drift(stages, capability, arm)
@@ -42,6 +42,12 @@ def diagnose(stages: Stages, capability: str, arms: Iterable[str], settings: Rep
             with stages.tuned(capability, arm) as model:
                 found["perplexity"][arm.name] = asdict(neutral_nll(model, stages.tokenizer, texts, progress=False))
     return found
+
+
+def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """The diagnostics of both, of some arms and of others."""
+    parts = {name: earlier[name] | later[name] for name in ("shift", "perplexity", "drift")}
+    return {"arms": sorted({*earlier["arms"], *later["arms"]}), **parts}
 
 
 def _shift(stages: Stages, capability: str, arm: Arm, completions: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from spd.evaluation import Evaluation, check_consent
 from spd.files import read_json, read_jsonl, write_json
 from spd.models import load_model
 from spd.progress import bar
-from spd.reproduce.diagnose import DIAGNOSTICS, diagnose
+from spd.reproduce.diagnose import DIAGNOSTICS, diagnose, joined
 from spd.reproduce.settings import ReproduceSettings, parse_settings
 from spd.reproduce.tables import TABLES, Cell, Layout, Table
 from spd.run import owned, record_environment
@@ -124,16 +124,19 @@ def reproduce(
         ):
             say(title)
             _carry_out(jobs, place, workers, progress)
+        earlier = read_json(out / "results.json") if (out / "results.json").is_file() else {"tables": []}
+        finished = [name for name in TABLES if name in (*tables, *earlier["tables"])]
+        in_them = cells_of([TABLES[name] for name in finished], layout)
         collected = {
-            "command": command,
+            "command": " && ".join(dict.fromkeys([*filter(None, earlier.get("command", "").split(" && ")), command])),
             "settings": settings.as_dict(),
             "layout": {
                 "default_examples": dict(layout.default_examples),
                 "available_examples": dict(layout.available_examples),
                 "learning_rate": layout.learning_rate,
             },
-            "tables": sorted({*tables, *_earlier_tables(out)}, key=list(TABLES).index),
-            "cells": [_collected(cell, settings, out) for cell in cells_of(_all_tables(tables, out), layout)],
+            "tables": finished,
+            "cells": [_collected(cell, settings, out) for cell in in_them],
             "diagnostics": _diagnosed(settings, layout, out),
         }
         write_json(out / "results.json", collected)
@@ -207,7 +210,7 @@ def _seeded(cell: Cell) -> bool:
 def _carry_out(jobs: Sequence[Job], place: Place, workers: int, progress: bool) -> None:
     """Do the jobs, in this process or in others; the bar counts the outcomes on disk."""
     wanted = {_outcome_of(job, cell, place.out) for job in jobs for cell in job.cells}
-    if all(path.is_file() for path in wanted) and all(_is_diagnosed(job, place) for job in jobs):
+    if all(path.is_file() for path in wanted) and not any(_undiagnosed(job, place.out) for job in jobs):
         return
     if workers == 1:
         worker = _Worker(place)
@@ -271,10 +274,10 @@ def _do(worker: _Worker, job: Job) -> None:
         (score,) = opened().evaluate(cell.capability, parse_arm(cell.arm), [cell.test])
         base = opened().evaluation_file(None, ARMS["base"], cell.test).with_suffix(".scored.jsonl")
         write_json(path, _outcome(score.evaluation, read_jsonl(base)))
-    if job.diagnosed and not _is_diagnosed(job, place) and job.capability is not None:
-        arms = {cell.arm for cell in job.cells}
-        folder = place.out / f"seed-{job.seed}" / job.capability
-        write_json(folder / DIAGNOSTICS, diagnose(opened(), job.capability, arms, place.settings))
+    if job.diagnosed and job.capability is not None and (arms := _undiagnosed(job, place.out)):
+        path = _diagnostics_of(job, place.out)
+        found = diagnose(opened(), job.capability, arms, place.settings)
+        write_json(path, joined(read_json(path), found) if path.is_file() else found)
 
 
 def _stages(worker: _Worker, job: Job) -> Stages:
@@ -318,11 +321,18 @@ def _outcome_of(job: Job, cell: Cell, out: Path) -> Path:
     return outcome_file(out / f"seed-{job.seed}", out / "shared", cell)
 
 
-def _is_diagnosed(job: Job, place: Place) -> bool:
-    if not job.diagnosed or job.capability is None:
-        return True
-    path = place.out / f"seed-{job.seed}" / job.capability / DIAGNOSTICS
-    return path.is_file() and set(read_json(path)["arms"]) >= {cell.arm for cell in job.cells}
+def _undiagnosed(job: Job, out: Path) -> set[str]:
+    """Arms that the folder's diagnostics lack. Those that only sweep the learning rate take part in none."""
+    if not job.diagnosed:
+        return set()
+    path = _diagnostics_of(job, out)
+    known = set(read_json(path)["arms"]) if path.is_file() else set()
+    return {cell.arm for cell in job.cells if not parse_arm(cell.arm).learning_rate} - known
+
+
+def _diagnostics_of(job: Job, out: Path) -> Path:
+    assert job.capability is not None
+    return out / f"seed-{job.seed}" / job.capability / DIAGNOSTICS
 
 
 def _diagnosed(settings: ReproduceSettings, layout: Layout, out: Path) -> dict[str, Any]:
@@ -332,16 +342,6 @@ def _diagnosed(settings: ReproduceSettings, layout: Layout, out: Path) -> dict[s
         if path.is_file():
             found[domain.capability] = read_json(path)
     return found
-
-
-def _earlier_tables(out: Path) -> list[str]:
-    path = out / "results.json"
-    return list(read_json(path)["tables"]) if path.is_file() else []
-
-
-def _all_tables(names: Sequence[str], out: Path) -> list[Table]:
-    wanted = {*names, *_earlier_tables(out)}
-    return [table for name, table in TABLES.items() if name in wanted]
 
 
 def _threads(workers: int) -> int | None:

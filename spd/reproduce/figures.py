@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from spd.arms import parse_arm
 from spd.plots import ARM_COLOUR, GRID, INK, MUTED, PANELS_A_ROW, arm_colours, blank_figure
@@ -19,7 +20,9 @@ HATCH = {"projected": "....", "ssd": "////"}
 MARK = {"base": "X", "projected": "P", "ssd": "h", "spd": "o", "self-training": "s"}
 LINE = {"spd": "-", "self-training": (0, (4, 2))}
 WORSE, SAME, BETTER = "#c2570c", "#f7f8fa", "#1d4ed8"
-VERDICT_MARK = {"better": "^", "worse": "v"}
+VERDICT_STYLE = {
+    each: {"marker": mark, "color": INK, "markersize": 4} for each, mark in (("better", "^"), ("worse", "v"))
+}
 LEAST_SCALE = {"accuracy": 10.0, "nll": 0.05}
 """Full colour of a matrix at the least: what is smaller than this stays pale, so that noise does not glare."""
 UNIT = {"accuracy": "accuracy, %", "nll": "NLL, nats a token (lower is better)"}
@@ -37,69 +40,67 @@ Mark = tuple[str, dict[str, Any]]
 
 def bars_figure(summary: Summary, base: Mapping[str, Outcomes], published: bool) -> Figure:
     """One group of bars a test; tests judged by NLL, whose scale has no useful zero, as points beside them."""
-    from matplotlib.transforms import ScaledTranslation
-
     parts = _by_metric(summary)
-    figure, axes = blank_figure(10.2 / len(parts), 3.0, len(parts), sharey=False)
+    width = min(10.2, 1.5 + 2.9 * len(summary.columns))
+    figure, axes = blank_figure(width / len(parts), 3.0, len(parts), sharey=False)
     axes[0].get_gridspec().set_width_ratios([len(indexes) + 0.6 for _, indexes in parts])
     arms = [row.label for row in summary.rows]
     colours, step = arm_colours(arms), 0.8 / len(arms)
     for axis, (metric, indexes) in zip(axes, parts, strict=True):
-        top = 0.0
         for position, index in enumerate(indexes):
             for offset, (arm, line) in enumerate(zip(arms, summary.entries, strict=True)):
-                entry = line[index]
-                if entry is None:
-                    continue
                 x = position + (offset - (len(arms) - 1) / 2) * step
-                value, (low, high) = entry.outcomes.value, entry.outcomes.interval
-                name = arm if position == 0 else None
-                if metric == "accuracy":
-                    axis.bar(
-                        x, value, 0.88 * step, color=colours[arm], hatch=HATCH.get(arm), ec="white", lw=0, label=name
-                    )
-                else:
-                    axis.plot(x, value, MARK.get(arm, "D"), color=colours[arm], markersize=6, label=name)
-                _whisker(axis, x, value, low, high)
-                if published and entry.published is not None:
-                    axis.plot(x, entry.published, "D", mfc="none", mec=INK, mew=1.2, markersize=5, zorder=4)
-                    top = max(top, entry.published)
-                top = max(top, high)
-                if entry.verdict:
-                    above = ScaledTranslation(0, 6 / 72, figure.dpi_scale_trans)
-                    axis.plot(x, high, VERDICT_MARK[entry.verdict], transform=axis.transData + above, **_ink(INK, 4))
+                if entry := line[index]:
+                    label = arm if position == 0 else None
+                    _bar(axis, x, entry, arm, published, width=0.88 * step, color=colours[arm], label=label)
         axis.set_xticks(range(len(indexes)), [_test_name(summary, index) for index in indexes], color=INK)
         axis.set_xlim(-0.6, len(indexes) - 0.4)
         axis.set_ylabel(UNIT[metric])
         if metric == "accuracy":
-            axis.set_ylim(0, min(106, 1.12 * top))
+            highest = [max(entry.outcomes.interval[1], entry.published or 0.0) for entry in _entries(summary, indexes)]
+            axis.set_ylim(0, min(106, 1.12 * max(highest)))
         else:
             axis.margins(y=0.15)
-    handles, labels = axes[0].get_legend_handles_labels()
-    marks = [
-        (f"{verdict} beyond chance", {"marker": mark, **_ink(INK, 4)})
-        for verdict, mark in VERDICT_MARK.items()
-        if any(entry and entry.verdict == verdict for line in summary.entries for entry in line)
-    ]
+    found = {entry.verdict for entry in _entries(summary, range(len(summary.columns)))}
+    marks: list[Mark] = [(f"{each} beyond chance", style) for each, style in VERDICT_STYLE.items() if each in found]
     marks += [("published", {"marker": "D", "mfc": "none", "mec": INK})] if published else []
+    handles, labels = axes[0].get_legend_handles_labels()
     _legend(figure, handles, labels, marks)
     return figure
+
+
+def _bar(axis: Any, x: float, entry: Entry, arm: str, published: bool, width: float, **style: Any) -> None:
+    """A bar or, for NLL, a point; its interval, its verdict above, and the published value."""
+    from matplotlib.transforms import ScaledTranslation
+
+    value, (low, high) = entry.outcomes.value, entry.outcomes.interval
+    if entry.outcomes.metric == "accuracy":
+        axis.bar(x, value, width, hatch=HATCH.get(arm), ec="white", lw=0, **style)
+    else:
+        axis.plot(x, value, ls="none", marker=MARK.get(arm, "D"), markersize=6, **style)
+    axis.errorbar(x, value, [[max(0.0, value - low)], [max(0.0, high - value)]], color=INK, linewidth=0.9, capsize=2)
+    if entry.verdict:
+        above = axis.transData + ScaledTranslation(0, 6 / 72, axis.figure.dpi_scale_trans)
+        axis.plot(x, high, transform=above, **VERDICT_STYLE[entry.verdict])
+    if published and entry.published is not None:
+        axis.plot(x, entry.published, "D", mfc="none", mec=INK, mew=1.2, markersize=5, zorder=4)
 
 
 def dots_figure(summary: Summary, base: Mapping[str, Outcomes], published: bool) -> Figure:
     """One line an arm, one panel a test; the row of comparison as a band."""
     figure, axes = _rows_of_dots([row.label for row in summary.rows], summary)
     against = [row.label for row in summary.rows].index(summary.table.against)
+    own = ARM_COLOUR.get(summary.table.against, INK)
     for index, axis in enumerate(axes):
         entries = [line[index] for line in summary.entries]
         reference = entries[against]
         if reference is not None:
-            axis.axvspan(*reference.outcomes.interval, color=ARM_COLOUR["spd"], alpha=0.08, lw=0)
-            axis.axvline(reference.outcomes.value, color=ARM_COLOUR["spd"], lw=1, ls=(0, (3, 3)))
+            axis.axvspan(*reference.outcomes.interval, color=own, alpha=0.1, lw=0)
+            axis.axvline(reference.outcomes.value, color=own, lw=1, ls=(0, (3, 3)))
         for y, entry in enumerate(entries):
             if entry is None:
                 continue
-            colour = ARM_COLOUR["spd"] if y == against else INK
+            colour = own if y == against else INK
             low, high = entry.outcomes.interval
             axis.plot((low, high), (y, y), color=colour, lw=1.2, solid_capstyle="round")
             _point(axis, entry.outcomes.value, y, colour, entry, y == against)
@@ -109,10 +110,7 @@ def dots_figure(summary: Summary, base: Mapping[str, Outcomes], published: bool)
         axis.set_xlabel(UNIT[metric_of(summary, index)])
     for metric, indexes in _by_metric(summary):
         _same_span([axes[index] for index in indexes], LEAST_SCALE[metric])
-    band: Mark = (
-        f"{summary.table.against}, with its interval",
-        {"marker": "D", "color": ARM_COLOUR["spd"], "ls": (0, (3, 3))},
-    )
+    band = (f"{summary.table.against}, with its interval", {"marker": "D", "color": own, "ls": (0, (3, 3))})
     _legend(figure, [], [], [band, *_point_marks(published)])
     return figure
 
@@ -131,8 +129,7 @@ def matrix_figure(summary: Summary, base: Mapping[str, Outcomes], published: boo
     axes[0].get_gridspec().set_width_ratios(widths)
     for axis, (metric, indexes) in zip(axes, parts, strict=True):
         axis.grid(False)
-        found = [line[index].difference for line in summary.entries for index in indexes if line[index]]  # type: ignore[union-attr]
-        limit = max([LEAST_SCALE[metric], *(abs(each) for each in found if each is not None)])
+        limit = max([LEAST_SCALE[metric], *(abs(entry.difference or 0.0) for entry in _entries(summary, indexes))])
         scale = Normalize(-limit, limit)
         for y, i in enumerate(rows):
             for x, index in enumerate(indexes):
@@ -173,7 +170,7 @@ def curves_figure(summary: Summary, base: Mapping[str, Outcomes], published: boo
     label, ticks, series = _series(summary)
     columns = summary.columns
     same = len({metric_of(summary, index) for index in range(len(columns))}) == 1
-    figure, axes = blank_figure(3.4, 2.9, len(columns), sharey=same)
+    figure, axes = blank_figure(_panel(len(columns)), 2.9, len(columns), sharey=same)
     at = {tick: position for position, tick in enumerate(ticks)}
     for index, (axis, column) in enumerate(zip(axes, columns, strict=True)):
         own = base[column.test]
@@ -199,13 +196,9 @@ def curves_figure(summary: Summary, base: Mapping[str, Outcomes], published: boo
         if not same or index % PANELS_A_ROW == 0:
             axis.set_ylabel(UNIT[metric_of(summary, index)])
     marks: list[Mark] = [("base, with its interval", {"color": MUTED, "ls": (0, (1, 1.5))})]
-    marks += [
-        (
-            arm,
-            {"color": ARM_COLOUR.get(arm, INK), "ls": LINE.get(arm, "-"), "marker": MARK.get(arm, "o"), "mfc": "white"},
-        )
-        for arm in series
-    ]
+    for arm in series:
+        style = {"color": ARM_COLOUR.get(arm, INK), "ls": LINE.get(arm, "-"), "marker": MARK.get(arm, "o")}
+        marks.append((arm, style | {"mfc": "white"}))
     _legend(figure, [], [], marks + _point_marks(published))
     return figure
 
@@ -253,7 +246,9 @@ def perplexity_figure(found: Sequence[OffTarget], order: Mapping[str, int]) -> F
                 axis.plot(ratio, y, "o", mfc=INK if each.verdict else "white", mec=INK, mew=1.2, markersize=5)
         _title(axis, f"made for {capability}")
         axis.set_xlabel("perplexity against the base's, %")
-    _same_span(axes, 2.0)
+    low, high = (pick(end for axis in axes for end in axis.get_xlim()) for pick in (min, max))
+    for axis in axes:
+        axis.set_xlim(min(-1.0, low), max(1.0, high))
     _legend(figure, [], [], _point_marks(False))
     return figure
 
@@ -286,7 +281,7 @@ def _series(summary: Summary) -> tuple[str, list[str], dict[str, list[tuple[str,
 def _rows_of_dots(labels: Sequence[str], summary: Summary | None = None, panels: int = 1) -> tuple[Figure, list[Any]]:
     """Panels that share their rows, whose names stand at the left."""
     panels = len(summary.columns) if summary else panels
-    figure, axes = blank_figure(3.4, 1.1 + 0.24 * len(labels), panels)
+    figure, axes = blank_figure(_panel(panels), 1.3 + 0.24 * len(labels), panels)
     for axis in axes:
         axis.grid(False)
         axis.grid(axis="x", color=GRID, linewidth=0.8)
@@ -297,12 +292,13 @@ def _rows_of_dots(labels: Sequence[str], summary: Summary | None = None, panels:
     return figure, axes
 
 
+def _panel(panels: int) -> float:
+    """The width of one of so many, in inches: a single one needs room for the legend."""
+    return 2.3 + 3.3 / min(panels, 3)
+
+
 def _title(axis: Any, text: str) -> None:
     axis.set_title(text, loc="left", fontsize=9.5, fontweight="bold")
-
-
-def _ink(colour: str, size: float) -> dict[str, Any]:
-    return {"color": colour, "markersize": size}
 
 
 def _same_span(axes: Sequence[Any], least: float) -> None:
@@ -322,6 +318,11 @@ def _by_metric(summary: Summary) -> list[tuple[str, list[int]]]:
     return [(each, [i for i, metric in enumerate(metrics) if metric == each]) for each in dict.fromkeys(metrics)]
 
 
+def _entries(summary: Summary, indexes: Iterable[int]) -> list[Entry]:
+    """What there is in these columns."""
+    return [entry for line in summary.entries for index in indexes if (entry := line[index])]
+
+
 def _own(summary: Summary, row: int, index: int) -> bool:
     """Whether a row was made for the domain of a column."""
     domain, made = summary.columns[index].domain, summary.rows[row]
@@ -332,12 +333,8 @@ def _own(summary: Summary, row: int, index: int) -> bool:
 
 
 def _test_name(summary: Summary, index: int, between: str = "\n") -> str:
-    counts = {line[index].outcomes.n for line in summary.entries if line[index] is not None}  # type: ignore[union-attr]
-    return f"{summary.columns[index].test}{between}n = {max(counts)}"
-
-
-def _whisker(axis: Any, x: float, value: float, low: float, high: float) -> None:
-    axis.errorbar(x, value, [[max(0.0, value - low)], [max(0.0, high - value)]], color=INK, linewidth=0.9, capsize=2)
+    n = max((entry.outcomes.n for entry in _entries(summary, [index])), default=0)
+    return f"{summary.columns[index].test}{between}n = {n}"
 
 
 def _point(axis: Any, x: float, y: float, colour: str, entry: Entry, reference: bool, mark: str = "o") -> None:
@@ -366,6 +363,5 @@ def _legend(figure: Figure, handles: list[Any], labels: list[str], marks: Sequen
 
 def _inches(labels: Sequence[str], columns: int) -> float:
     """About how wide a legend is."""
-    rows = math.ceil(len(labels) / columns)
-    longest = [max(map(len, labels[start : start + rows])) for start in range(0, len(labels), rows)]
-    return sum(0.65 + 0.065 * length for length in longest)
+    split = np.array_split([len(label) for label in labels], columns)  # as matplotlib does
+    return float(sum(0.65 + 0.065 * max(lengths) for lengths in split))

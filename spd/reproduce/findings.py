@@ -132,8 +132,8 @@ def conclude(summaries: Sequence[Summary]) -> Conclusion:
         + (":" if beyond else "."),
         [_said(each) for each in beyond.values()],
         f"Before any adjustment {unadjusted or 'none'} of them {'have' if unadjusted > 1 else 'has'} p < .05, where "
-        f"chance alone is expected to show at most {math.ceil(ALPHA * len(ps))}. Adjusted over all of them together, and not "
-        f"table by table, {together or 'none'} would remain.",
+        f"chance alone is expected to show at most {math.ceil(ALPHA * len(ps))}. Adjusted over all of them together, "
+        f"and not table by table, {together or 'none'} would remain.",
     )
 
 
@@ -175,4 +175,4 @@ def holm_text(adjusted: float) -> str:
 
 def metric_of(summary: Summary, index: int) -> str:
     """What a column is measured in."""
-    return next(entry.outcomes.metric for line in summary.entries if (entry := line[index]) is not None)
+    return next((entry.outcomes.metric for line in summary.entries if (entry := line[index])), "accuracy")

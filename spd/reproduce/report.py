@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spd.files import atomic_file, read_json, write_json, write_text
-from spd.plots import _as_svg
+from spd.plots import svg_text
 from spd.report import page_environment
 from spd.reproduce import figures
 from spd.reproduce.findings import conclude, negative_transfer, off_target
@@ -31,6 +31,9 @@ from spd.reproduce.settings import ReproduceSettings, parse_settings
 from spd.reproduce.summary import Entry, Outcomes, Summary, summarise
 from spd.reproduce.tables import PUBLISHED_TEST, TABLES, Cell, Column, Layout
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DPI = 130
 TITLE = "The tables of arXiv 2605.22675"
 
@@ -43,6 +46,7 @@ def write_report(out: str | Path) -> Path:
     """
     out = Path(out)
     results = read_json(out / "results.json")
+    environments = read_json(out / "environment.json") if (out / "environment.json").is_file() else []
     settings = parse_settings(results["settings"])
     layout = _layout(results, settings)
     outcomes = {
@@ -53,62 +57,52 @@ def write_report(out: str | Path) -> Path:
     order = {arm: place for place, arm in enumerate(dict.fromkeys(cell.arm for cell in outcomes))}
     summaries = [summarise(TABLES[name], layout, outcomes) for name in results["tables"]]
     diagnostics = results["diagnostics"]
-
     perplexities = off_target(diagnostics)
     transfers = [each for summary in summaries for each in negative_transfer(summary, outcomes)]
+    conclusion = conclude(summaries)
+
+    drawn: dict[str, Figure] = {}
+    for summary in summaries:
+        draw = figures.OF_TABLE[summary.table.name]
+        drawn[f"table-{summary.table.name}"] = draw(summary, base, settings.suite == "paper")
+    if any(found["shift"] for found in diagnostics.values()):
+        drawn["shift"] = figures.shift_figure(diagnostics, order)
+    if perplexities:
+        drawn["perplexity"] = figures.perplexity_figure(perplexities, order)
+
     optional = [
         transfer_section(transfers, {test: of_base.metric for test, of_base in base.items()}),
         shift_section(diagnostics, order),
         perplexity_section(perplexities, diagnostics, order),
         drift_section(diagnostics, outcomes, layout.domains),
     ]
-    sections = [*(table_section(summary, settings.suite) for summary in summaries), *filter(None, optional)]
-
-    drawn = {
-        f"table-{summary.table.name}": figures.OF_TABLE[summary.table.name](summary, base, settings.suite == "paper")
-        for summary in summaries
-    }
-    if any(found["shift"] for found in diagnostics.values()):
-        drawn["shift"] = figures.shift_figure(diagnostics, order)
-    if perplexities:
-        drawn["perplexity"] = figures.perplexity_figure(perplexities, order)
-    for name, figure in drawn.items():
-        with atomic_file(out / "figures" / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
-
-    environments = read_json(out / "environment.json") if (out / "environment.json").is_file() else []
     page = {
         "title": f"{TITLE} on {settings.model}",
-        "conclusion": conclude(summaries),
+        "conclusion": conclusion,
         "facts": facts(settings, layout, environments),
         "command": results.get("command"),
         "guide": [PUBLISHED_FOR[settings.suite] + ARRANGED, *HOW_TO_READ],
         "arms": arm_meanings(summaries),
-        "sections": sections,
+        "sections": [*(table_section(summary, settings.suite) for summary in summaries), *filter(None, optional)],
     }
     data = {
-        **{name: results.get(name) for name in ("command", "settings")},
+        "command": results.get("command"),
+        "settings": results["settings"],
         "environments": environments,
-        "conclusion": asdict(conclude(summaries)),
+        "conclusion": asdict(conclusion),
         "tables": [_table_data(summary) for summary in summaries],
-        "negative_transfer": [
-            {
-                "row": row.label,
-                "trained_for": row.trained_for,
-                "arm": row.arm,
-                "tests": [asdict(each) for each in tested],
-            }
-            for row, tested in transfers
-        ],
+        "negative_transfer": [asdict(row) | {"tests": [asdict(each) for each in tested]} for row, tested in transfers],
         "perplexity": [asdict(each) | {"verdict": each.verdict} for each in perplexities],
         "shift": {capability: found["shift"] for capability, found in diagnostics.items()},
         "drift": {capability: found["drift"] for capability, found in diagnostics.items()},
     }
-    svgs = {name: _as_svg(lambda figure=figure: figure)() for name, figure in drawn.items()}
+    for name, figure in drawn.items():
+        with atomic_file(out / "figures" / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
+    svgs = {name: svg_text(figure) for name, figure in drawn.items()}
+    template = page_environment().get_template("reproduce.html")
     write_json(out / "tables.json", data)
-    write_text(
-        out / "report.html", page_environment().get_template("reproduce.html").render(**page, figures=svgs, missing="–")
-    )
+    write_text(out / "report.html", template.render(**page, figures=svgs))
     write_text(out / "tables.md", _markdown(page, drawn))
     return out / "tables.md"
 

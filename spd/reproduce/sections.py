@@ -17,8 +17,8 @@ MISSING = "–"
 PUBLISHED_FOR = {
     "paper": "Published numbers (arXiv 2605.22675) are those of Qwen2.5-0.5B-Instruct: compare them with a run on that "
     "model, and with no other. ",
-    "proving-ground": "Published numbers (arXiv 2605.22675) are those of Qwen2.5-0.5B-Instruct on other data sets, which "
-    "the header names. They say what the paper found; nothing measured here can be compared with them. ",
+    "proving-ground": "Published numbers (arXiv 2605.22675) are those of Qwen2.5-0.5B-Instruct on other data sets, "
+    "which the header names. They say what the paper found; nothing measured here can be compared with them. ",
 }
 ARRANGED = (
     "The paper's captions and the values of its sweeps could not be looked up: which published number stands in which "
@@ -29,9 +29,9 @@ HOW_TO_READ = (
     "better. Seeds answer the same questions: a value is their mean, n counts questions, and the interval is that of n "
     "questions.",
     "p is two-sided, against the row that a table is compared with: the exact sign-flip test over questions (McNemar's "
-    "where there is one seed), the paired t-test for NLL. A number is bold if it is better than that row beyond chance, "
-    "and marked ▾ if it is worse beyond chance: if Holm's p, which is adjusted over its table, is below .05. Holm's p is "
-    "given wherever p itself is below .05.",
+    "where there is one seed), the paired t-test for NLL. A number is bold if it is better than that row beyond "
+    "chance, and marked ▾ if it is worse beyond chance: if Holm's p, which is adjusted over its table, is below .05. "
+    "Holm's p is given wherever p itself is below .05.",
     "Changed: the share of answers that read otherwise than the base's, mean over the tests. Comparisons below a table "
     "count up for better, and their p is not adjusted.",
 )
@@ -43,9 +43,9 @@ SHIFT_TEXT = (
     "nothing."
 )
 PERPLEXITY_TEXT = (
-    "Perplexity on neutral text that no arm was made for, and behind × its ratio to the base's on the same texts [95 % "
-    "interval over texts]; p of the paired t-test, text by text, Holm's over all arms and capabilities. Bold is lower "
-    "beyond chance, ▾ higher beyond chance."
+    "Perplexity on neutral text that no arm was made for, and by how many per cent it is above the base's on the same "
+    "texts [95 % interval over texts]; p of the paired t-test, text by text, Holm's over all arms and capabilities. "
+    "Bold is lower beyond chance, ▾ higher beyond chance."
 )
 DRIFT_TEXT = (
     "Each round calibrates anew, on the model that the round before left. Overlap with the first round's subspace is "
@@ -252,7 +252,7 @@ def drift_section(
             columns.append((found, of_round))
     if not columns:
         return None
-    accuracy = [Shown("value on its own test"), *(_outcomes_cell(of_round) for _, of_round in columns)]
+    accuracy = [Shown("its own test"), *(_outcomes_cell(of_round) for _, of_round in columns)]
     rows = [[Shown(site), *(_share(found["overlap"].get(site)) for found, _ in columns)] for site in sites]
     chance = [Shown("by chance"), *(_share(found.get("by_chance")) for found, _ in columns)]
     return Section(
@@ -273,7 +273,7 @@ def transfer_section(found: Sequence[tuple[Row, Sequence[Change]]], metrics: Map
             [
                 Shown(row.label),
                 Shown(str(len(tested))),
-                Shown(", ".join(f"{each.task}▾" for each in fallen) or "none", verdict="worse" if fallen else ""),
+                Shown(", ".join(each.task for each in fallen) or "none", verdict="worse" if fallen else ""),
                 Shown(
                     f"{lowest.task} {change_text(lowest, metrics)}",
                     notes=(p_text(lowest.p), holm_text(lowest.adjusted)),
@@ -313,13 +313,13 @@ def signless(value: float, decimals: int) -> str:
 
 def _count(summary: Summary, index: int) -> str:
     """The questions of a column: one number, unless the arms differ in it."""
-    counts = [entry.outcomes.n for line in summary.entries if (entry := line[index]) is not None]
-    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    counts = sorted({entry.outcomes.n for line in summary.entries if (entry := line[index])})
+    return " to ".join(map(str, counts[:1] + counts[1:][-1:])) or "0"
 
 
 def _shows_published(summary: Summary, index: int, suite: str) -> bool:
     """Numbers of other data sets stand in the paper's own, numbered tables only; none where rows are of any domain."""
-    known = any(entry.published is not None for line in summary.entries if (entry := line[index]) is not None)
+    known = any(entry.published is not None for line in summary.entries if (entry := line[index]))
     own = suite == "paper" and not any(row.trained_for for row in summary.rows)
     return known and (own or summary.table.name.isdecimal())
 
@@ -378,7 +378,7 @@ def _contrasts(summary: Summary) -> list[str]:
 def _left_out(summary: Summary) -> list[str]:
     left_out = []
     for index, column in enumerate(summary.columns):
-        long = max(entry.outcomes.too_long for line in summary.entries if (entry := line[index]) is not None)
+        long = max((entry.outcomes.too_long for line in summary.entries if (entry := line[index])), default=0)
         if long:
             left_out.append(f"{long} of {column.test}")
     return [f"Left out, since they are too long for the model: {', '.join(left_out)}."] if left_out else []
@@ -397,8 +397,8 @@ def _perplexity_base(base: Mapping[str, Any]) -> Shown:
 def _perplexity_cell(found: OffTarget | None) -> Shown:
     if found is None:
         return Shown()
-    ratio, low, high = found.ratio
-    shown = f"×{ratio:.3f} [{low:.3f}, {high:.3f}]"
+    more, low, high = (100 * (each - 1) for each in found.ratio)
+    shown = f"{signed(more, 2)} % [{signless(low, 2)}, {signless(high, 2)}]"
     return Shown(f"{found.perplexity:.3f}", shown, _ps(found.p, found.adjusted), found.verdict)
 
 

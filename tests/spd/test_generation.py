@@ -62,6 +62,19 @@ def test_a_small_nucleus_is_greedy(model, tokenizer, prompts):
     assert sample(model, tokenizer, prompts, top_p=1.0, temperature=1e-4) == greedy
 
 
+def test_only_the_likeliest_tokens_are_sampled(model, tokenizer, prompts):
+    greedy = sample(model, tokenizer, prompts, temperature=0.0)
+    assert sample(model, tokenizer, prompts, temperature=50.0, top_k=1, top_p=1.0) == greedy
+    few = sample(model, tokenizer, prompts, temperature=50.0, top_k=2, top_p=1.0)
+    assert few != greedy
+    for generation in few[:4]:
+        tokens = torch.tensor([list(tokenizer(generation.prompt)["input_ids"]) + generation.tokens])
+        with torch.no_grad():
+            best = model(tokens).logits[0].topk(2).indices
+        start = tokens.shape[1] - len(generation.tokens)
+        assert all(tokens[0, t] in best[t - 1] for t in range(start, tokens.shape[1]))
+
+
 def test_sampling_settings_of_the_checkpoint_are_not_used(model, tokenizer, prompts):
     before = sample(model, tokenizer, prompts)
     model.generation_config = GenerationConfig(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from spd.plots import PANELS_A_ROW, accuracy_bars, spectra, spectra_figure
 from spd.arms import DEFAULT_ARMS as ARMS
+from spd.plots import PANELS_A_ROW, accuracy_bars, spectra, spectra_figure
 from spd.stats import wilson_interval
 from spd.subspace import Basis, Subspace
 

@@ -177,7 +177,7 @@ def test_a_finished_one_loads_no_model_and_writes_the_same(finished, small, monk
 
 
 def test_other_settings_and_unknown_tables_are_refused(finished, small):
-    with pytest.raises(spd.InputError, match="different: training.learning_rate"):
+    with pytest.raises(spd.InputError, match=r"different: training\.learning_rate"):
         reproduce(parse_settings(small | {"training": {"epochs": 1, "batch_size": 8}}), ["1"], finished)
     with pytest.raises(spd.InputError, match="no '6', only 1, 2"):
         reproduce(parse_settings(small), ["6"], finished)
@@ -209,7 +209,7 @@ def test_seeds_by_number():
 
 def test_mbpp_asks_for_consent_before_anything_is_loaded(made_records, tmp_path):
     settings = parse_settings({"model": "nowhere", "data": str(made_records), "domains": ["code"]})
-    with pytest.raises(spd.InputError, match="mbpp is judged by running the code .* --run-generated-code"):
+    with pytest.raises(spd.InputError, match=r"mbpp is judged by running the code .* --run-generated-code"):
         reproduce(settings, ["1"], tmp_path / "out")
 
 

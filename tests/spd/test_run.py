@@ -14,8 +14,8 @@ import pytest
 from filelock import FileLock
 
 import spd
-from spd.config import parse_config
 from spd.arms import DEFAULT_ARMS as ARMS
+from spd.config import parse_config
 from spd.report import write_report
 from spd.run import run
 

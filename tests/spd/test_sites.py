@@ -68,6 +68,7 @@ def test_layers_are_chosen_as_published(make_model):
     sites = find_sites(make_model("llama", num_hidden_layers=5))
     assert choose_layers(sites, "paper", 5) == [2, 4]
     assert choose_layers(sites, "all", 5) == [0, 1, 2, 3, 4]
+    assert (choose_layers(sites, "middle", 5), choose_layers(sites, "last", 5)) == ([2], [4])
     assert choose_layers(sites, [3, 0], 5) == [0, 3]
     assert choose_layers(find_sites(make_model("llama", num_hidden_layers=1)), "paper", 1) == [0]
 
@@ -80,7 +81,7 @@ def test_a_published_layer_that_cannot_be_reached_is_an_error_not_another_layer(
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [("middle", "'middle'"), ([], "empty"), ([4], "layer 4"), ([-1], "layer -1"), ([0, 0], "twice"), (["0"], "'0'")],
+    [("midle", "'midle'"), ([], "empty"), ([4], "layer 4"), ([-1], "layer -1"), ([0, 0], "twice"), (["0"], "'0'")],
 )
 def test_impossible_layers_are_refused(layers, message, model):
     with pytest.raises(spd.InputError, match=message):

@@ -58,7 +58,7 @@ def test_the_method_on_real_records(name, model_name, models, records, tmp_path)
 
 
 def test_code_is_run_only_with_consent(models, records):
-    with pytest.raises(spd.InputError, match="mbpp is judged by running the code.*--run-generated-code"):
+    with pytest.raises(spd.InputError, match=r"mbpp is judged by running the code.*--run-generated-code"):
         spd.evaluate(*models["qwen2"], spd.load_task("mbpp", records), limit=1)
 
 

@@ -152,3 +152,16 @@ def test_choosing_a_rank(rank, expected):
     # shares of the squares, summed up: 0.53, 0.80, 0.993, 1
     squares = torch.tensor([8.0, 4.0, 2.9, 0.1], dtype=torch.float64)
     assert choose_rank(rank, squares.sqrt()) == expected
+
+
+def test_the_leading_directions_of_a_subspace(model, tokenizer, examples):
+    full = spd.calibrate(model, tokenizer, examples, rank="full", progress=False)
+    for rank in ("half", 3, "energy:0.9"):
+        own = spd.calibrate(model, tokenizer, examples, rank=rank, progress=False)
+        cut = full.truncate(rank)
+        assert cut.provenance["settings"] == own.provenance["settings"]
+        for side in "kv":
+            for layer in own.layers:
+                assert torch.equal(cut.side(side)[layer].basis, own.side(side)[layer].basis)
+    with pytest.raises(spd.InputError, match=r"'full' asks for .* of which only 3 were kept"):
+        full.truncate(3).truncate("full")
