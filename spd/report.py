@@ -16,6 +16,7 @@ from spd.subspace import Subspace
 
 SAMPLES = 4
 
+
 @dataclass(frozen=True)
 class Sample:
     """One test question as the base model and an arm answer it."""
@@ -94,9 +95,7 @@ _ARM_OF = {"plain": "self-training", "projected": "spd"}
 """Adapters that are called after what they were trained on, and the arms they are."""
 
 
-def _samples(
-    folder: Path, capabilities: list[str], arms: list[str], metrics: list[dict[str, Any]]
-) -> list[Sample]:
+def _samples(folder: Path, capabilities: list[str], arms: list[str], metrics: list[dict[str, Any]]) -> list[Sample]:
     """Questions whose outcome an arm changed, gains and losses in turn, then unchanged ones; a few a capability."""
     if not capabilities:
         return []

@@ -106,15 +106,16 @@ class Stages:
     def evaluate(self, capability: str | None, arm: Arm, tests: Sequence[str]) -> list[Score]:
         """Test an arm, after making whatever of it is missing. The base belongs to no capability."""
         if capability is None:
-            return self._evaluate(None, arm, tests, self.model, "", self.shared)
+            return self._evaluate(None, arm, tests, self.model, "")
         if not arm.trained:
             assert arm.projection is not None
             with self.attached(capability, arm.projection):
-                tag, root = self._subspace_tag(capability, arm.projection), self._root(arm.projection)
-                return self._evaluate(capability, arm, tests, self.model, tag, root)
+                return self._evaluate(
+                    capability, arm, tests, self.model, self._subspace_tag(capability, arm.projection)
+                )
         with self.tuned(capability, arm) as model:
             tag = f"adapter {sha256_of_file(self.adapter(capability, arm, arm.rounds) / WEIGHTS)}"
-            return self._evaluate(capability, arm, tests, model, tag, self.folder)
+            return self._evaluate(capability, arm, tests, model, tag)
 
     @contextmanager
     def tuned(self, capability: str, arm: Arm) -> Iterator[nn.Module]:
@@ -161,9 +162,10 @@ class Stages:
         """What the model writes in a round of an arm; of a further round, only inside `started`."""
         settings, name = self.config.generation, _written(arm, round)
         sampling = arm.sampling or settings
+        projection, origin = arm.projection, self.origin(arm, round)
         with (
+            self.attached(capability, projection, origin) if projection else nullcontext(),
             self.stage("generate", f"{capability}, {name}"),
-            self.attached(capability, arm.projection, self.origin(arm, round)) if arm.projection else nullcontext(),
         ):
             return generate(
                 self.model,
@@ -176,7 +178,7 @@ class Stages:
                 max_new_tokens=settings.max_new_tokens or self.task(capability).max_new_tokens,
                 batch_size=settings.batch_size,
                 seed=self.config.seed,
-                tag=self._subspace_tag(capability, arm.projection, self.origin(arm, round)) if arm.projection else "",
+                tag=self._subspace_tag(capability, projection, origin) if projection else "",
                 progress=self.progress,
             )
 
@@ -226,7 +228,7 @@ class Stages:
         prompts = task.training_prompts()[: settings.prompts]
         dropped = without_room(self.model, self.tokenizer, prompts, settings.max_new_tokens or task.max_new_tokens)
         write_json(self.folder / capability / "prompts.json", {"prompts": len(prompts), "too_long": dropped})
-        if len(dropped) == len(prompts):
+        if prompts and len(dropped) == len(prompts):
             raise InputError(
                 f"task: none of the {len(prompts)} training prompts of {capability} fits the model's positions"
             )
@@ -286,7 +288,7 @@ class Stages:
         return task.calibration()[: projection.examples or self.config.calibration.examples or task.calibration_size]
 
     def _evaluate(
-        self, capability: str | None, arm: Arm, tests: Sequence[str], model: nn.Module, tag: str, root: Path
+        self, capability: str | None, arm: Arm, tests: Sequence[str], model: nn.Module, tag: str
     ) -> list[Score]:
         settings, scores = self.config.evaluation, []
         with self.stage("evaluate", f"{capability}, {arm.name}" if capability else arm.name):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spd.cli.app import Data, Device, Dtype, Model, Quiet, RunGeneratedCode, announce_sandbox, app, say
+from spd.cli.app import Data, Device, Dtype, Model, PromptsAs, Quiet, RunGeneratedCode, announce_sandbox, app, say
 from spd.cli.output import print_plan
 from spd.errors import InputError
 
@@ -42,6 +42,7 @@ def reproduce(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes.", show_default="one a core for the carried model, else one")
     ] = None,
+    prompts_as: PromptsAs = "plain",
     run_generated_code: RunGeneratedCode = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -63,6 +64,7 @@ def reproduce(
         raise InputError("--model: expected a checkpoint, or --miniature")
     given = {
         "model": model,
+        "prompts": None if prompts_as == "plain" else prompts_as,
         "data": str(data) if data else None,
         "domains": list(_names(domains)) if domains else None,
         "generation.prompts": prompts,

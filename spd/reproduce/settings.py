@@ -39,6 +39,7 @@ class ReproduceSettings(Section):
         model: checkpoint folder, hub name, or "proving-ground".
         suite: "paper" (MBPP, GSM8K, MMLU and their neighbours) or "proving-ground" (the carried capabilities).
         domains: which of the suite's.
+        prompts: how questions are asked, as in a run.
         data: folder of local records; without it data sets come from the hub.
         neutral: file of plain text, one passage between blank lines, for perplexity off target; without it the
             proving ground's filler is used.
@@ -51,6 +52,7 @@ class ReproduceSettings(Section):
     model: str
     suite: Literal["paper", "proving-ground"] = "paper"
     domains: list[Literal["code", "math", "choice"]] = Field(default=["code", "math", "choice"], min_length=1)
+    prompts: Literal["plain", "chat", "harness"] = "plain"
     data: str | None = None
     neutral: str | None = None
     seeds: list[int] = Field(default=[42, 43, 44], min_length=1)
@@ -78,7 +80,7 @@ class ReproduceSettings(Section):
         return self.model_dump(mode="json")
 
 
-_SHARED = ("model", "data", "dtype", "device", "calibration", "intervention", "generation", "evaluation")
+_SHARED = ("model", "prompts", "data", "dtype", "device", "calibration", "intervention", "generation", "evaluation")
 
 
 def parse_settings(values: dict[str, Any], source: str = "settings") -> ReproduceSettings:
