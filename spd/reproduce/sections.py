@@ -176,15 +176,12 @@ def shift_section(diagnostics: Mapping[str, Mapping[str, Any]], order: Mapping[s
         for arm in sorted(diagnosed["shift"], key=lambda arm: order.get(arm, len(order))):
             shift = diagnosed["shift"][arm]
             texts.add(shift["texts"])
-            kept = shift["kept"] and [100 * each for each in shift["kept"]]
             rows.append(
                 [
                     Shown(capability),
                     Shown(arm),
                     *(_divergence_cell(shift[name]) for name in ("projected_base", "projected_tuned", "tuned_base")),
-                    Shown(signless(kept[0], 0), f"[{signless(kept[1], 0)}, {signless(kept[2], 0)}]")
-                    if kept
-                    else Shown(),
+                    _kept_cell(shift["kept"]),
                 ]
             )
     if not rows:
@@ -202,6 +199,16 @@ def shift_section(diagnostics: Mapping[str, Mapping[str, Any]], order: Mapping[s
         starts=tuple(starts[1:]),
         labels=2,
     )
+
+
+def _kept_cell(kept: Sequence[float] | None) -> Shown:
+    """In per cent; where training moved the model farther than projection did, how much farther says little."""
+    if kept is None:
+        return Shown()
+    if kept[0] < -1:
+        return Shown("< −100")
+    middle, low, high = (signless(100 * each, 0) for each in kept)
+    return Shown(middle, f"[{low}, {high}]")
 
 
 def perplexity_section(

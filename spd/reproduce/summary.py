@@ -147,8 +147,10 @@ class Summary:
 
 def summarise(table: Table, layout: Layout, outcomes: Mapping[Cell, Outcomes]) -> Summary:
     """The entries of one table."""
-    columns, rows = layout.columns(table), layout.rows(table)
-    cells = [[layout.cell(row, column) for column in columns] for row in rows]
+    columns = layout.columns(table)
+    filled = [(row, [layout.cell(row, column) for column in columns]) for row in layout.rows(table)]
+    filled = [(row, line) for row, line in filled if any(line)]  # what the records are too few for is no row
+    rows, cells = [row for row, _ in filled], [line for _, line in filled]
     labels = [row.label for row in rows]
     reference = cells[labels.index(table.against)]
 

@@ -18,6 +18,7 @@ import ctypes
 import errno
 import os
 import resource
+import select
 import struct
 import sys
 import time
@@ -50,10 +51,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
-    """A function of the C library. OSError where it is missing or returns -1."""
-    function = getattr(_LIBC, name, None)
+    """A function of Linux's C library. OSError where it is missing or returns -1."""
+    function = getattr(_LIBC, name, None) if sys.platform == "linux" else None
     if function is None:
-        raise OSError(errno.ENOSYS, f"the C library has no {name}")
+        raise OSError(errno.ENOSYS, f"no {name} on {sys.platform}")
     function.restype = ctypes.c_long if name == "syscall" else ctypes.c_int
     result: int = function(*(ctypes.c_long(each) if isinstance(each, int) else each for each in arguments))
     if result == -1:
@@ -71,35 +72,35 @@ def before_fork(folder: str, without: list[str]) -> tuple[dict[str, str], int | 
     Returns:
         For each layer why it does not hold ("" where it does), and the user that the program is to become, if any.
     """
-    layers = {"reaping": attempt(adopt_orphans)}
-    layers["namespaces"] = "switched off" if "namespaces" in without else attempt(own_namespaces)
-    layers["mounts"] = layers["namespaces"] or attempt(own_mounts, folder)
-    user = None
-    if "user" in without:
-        layers["user"] = "switched off"
-    elif os.geteuid() == 0 and (user := unused_user(folder)):
-        os.chown(folder, user, user)
-    return layers, user
+    user, group = os.getuid(), os.getgid()
+    layers = {"reaping": attempt(adopt_orphans), "namespaces": layer("namespaces", without, own_namespaces)}
+    layers["mounts"] = layers["namespaces"] or attempt(own_mounts, folder, user, group)
+    if "user" in without or os.geteuid() != 0:
+        return layers, None
+    other = unused_user(folder)
+    if other:
+        os.chown(folder, other, other)
+    return layers, other
 
 
 def after_fork(job: dict[str, Any], user: int | None, layers: dict[str, str]) -> dict[str, str]:
     """The program's part, in its own process: the other layers and why they do not hold."""
     alone = user is not None or (os.getuid() != 0 and not layers["namespaces"])
-    found = {"limits": limits(job["timeout"], job["memory"], alone)}
-    steps: dict[str, Callable[[], None]] = {
-        "user": lambda: drop_rights(user),
-        "landlock": lambda: landlock(job["folder"]),
-        "seccomp": seccomp.install,
-    }
-    for name, step in steps.items():
-        found[name] = "switched off" if name in job["without"] else attempt(step)
-        if name == "user":
-            attempt(die_with_parent)  # a change of user resets it
-            attempt(prctl, 38, 1)  # PR_SET_NO_NEW_PRIVS, which the layers after it require
+    without = job["without"]
+    found = {"limits": limits(job["timeout"], job["memory"], alone), "user": layer("user", without, drop_rights, user)}
+    attempt(die_with_parent)  # after the change of user, which resets it
+    attempt(prctl, 38, 1)  # PR_SET_NO_NEW_PRIVS, which the next two require
+    found["landlock"] = layer("landlock", without, landlock, job["folder"])
+    found["seccomp"] = layer("seccomp", without, seccomp.install)
     return found
 
 
+def layer(name: str, without: list[str], step: Callable[..., None], *arguments: Any) -> str:
+    return "switched off" if name in without else attempt(step, *arguments)
+
+
 def attempt(step: Callable[..., object], *arguments: Any) -> str:
+    """Do it, and say why the system refuses, or ""."""
     try:
         step(*arguments)
     except OSError as error:
@@ -132,34 +133,41 @@ def limits(timeout: float, memory: int, alone: bool) -> str:
 
 
 def own_namespaces() -> None:
-    """Processes (for forks from here on), network, IPC and mounts of its own."""
-    user, group = os.getuid(), os.getgid()
-    kinds = 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000
+    """Processes (for forks from here on), network, IPC and mounts of its own, within a user namespace where it must."""
+    processes, network, ipc, mounts, users = 0x20000000, 0x40000000, 0x08000000, 0x00020000, 0x10000000
     try:
-        call("unshare", kinds)
+        call("unshare", processes | network | ipc | mounts)
     except OSError:
-        call("unshare", kinds | 0x10000000)  # within a user namespace, as the same user
-        maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
-        for name, content in maps.items():
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(content)
+        call("unshare", processes | network | ipc | mounts | users)
 
 
 def become_first() -> None:
     """Go on as the first process of the new namespace: it has no way out, and all in it end when this one ends."""
+    parent, held = os.pipe()
     first = os.fork()
     if first:
         os.waitpid(first, 0)
         os._exit(0)
+    os.close(held)
     die_with_parent()
+    if select.select([parent], [], [], 0)[0]:  # it had gone before
+        os._exit(1)
+    os.close(parent)
 
 
 def die_with_parent() -> None:
     prctl(1, SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def own_mounts(folder: str) -> None:
+def own_mounts(folder: str, user: int, group: int) -> None:
     """A small file system in memory as `folder`, nothing at /proc; all others become read-only where the kernel can."""
+    with open("/proc/self/uid_map") as file:
+        known = bool(file.read().strip())
+    if not known:  # a new user namespace: the user has to be known to a file system made in it
+        maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+        for name, content in maps.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(content)
     call("mount", b"none", b"/", None, 0x4000 | 0x40000, None)  # MS_REC | MS_PRIVATE: no mount is seen outside
     options = f"size={DISK},nr_inodes={FILES},mode=0700".encode()
     empty = 2 | 4 | 8  # no set-uid, no devices, no programs
@@ -209,7 +217,8 @@ def landlock(folder: str) -> None:
 
     Landlock does not cover what needs no opening (stat, chmod and the like): seccomp refuses the changes among those.
     """
-    abi = call("syscall", 444, None, 0, 1)
+    create_rules, add_rule, restrict_self = 444, 445, 446
+    abi = call("syscall", create_rules, None, 0, 1)
     execute, write, read, list_folder = 1, 2, 4, 8
     make_devices = 1 << 6 | 1 << 11
     handled = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1  # all that this kernel knows
@@ -218,7 +227,7 @@ def landlock(folder: str) -> None:
     scope = 3 if abi >= 6 else 0  # abstract sockets and signals of other processes
     words = 1 + (abi >= 4) + (abi >= 6)
     attributes = struct.pack("QQQ", handled, network, scope)[: 8 * words]
-    rules = call("syscall", 444, attributes, len(attributes), 0)
+    rules = call("syscall", create_rules, attributes, len(attributes), 0)
     libraries = os.environ.get("LD_LIBRARY_PATH", "").split(":")
     readable = {sys.prefix, sys.base_prefix, *READABLE, *libraries} - {"", "/"}
     rights = dict.fromkeys(readable, read | list_folder) | {os.devnull: read | write, folder: inside}
@@ -229,9 +238,9 @@ def landlock(folder: str) -> None:
             continue
         if not os.path.isdir(path):
             right &= ~list_folder  # which a file cannot have
-        call("syscall", 445, rules, 1, struct.pack("=Qi", right, beneath), 0)
+        call("syscall", add_rule, rules, 1, struct.pack("=Qi", right, beneath), 0)
         os.close(beneath)
-    call("syscall", 446, rules, 0)
+    call("syscall", restrict_self, rules, 0)
     os.close(rules)
 
 

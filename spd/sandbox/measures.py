@@ -71,6 +71,8 @@ def _tried(switched_off: frozenset[str]) -> tuple[Measure, ...]:
         udp.bind(("127.0.0.1", 0))
         private = Path(outside) / "private"
         private.write_text("seen")
+        private.chmod(0o600)
+        Path(outside).chmod(0o777)  # as open as /tmp
         tries = {
             "environment": (sorted(os.environ.keys() - run.VISIBLE),),
             "others": (os.getpid(),),

@@ -108,7 +108,7 @@ def reading(file: str, home: str) -> str:
     try:
         os.listdir(home)
     except OSError:
-        return "Python and the system's libraries alone"
+        return "neither a private file nor the home folder"
     raise AssertionError("the home folder was read")
 
 

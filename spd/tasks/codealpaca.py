@@ -7,9 +7,11 @@ that parse as Python, among the questions whose own output does.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 
+from spd.errors import InputError
 from spd.example import Example
 from spd.tasks.base import Question
 from spd.tasks.data_set import DataSet
@@ -28,7 +30,7 @@ class CodeAlpaca(DataSet):
         "codealpaca",
         ("sahil2801/CodeAlpaca-20k", None),
         {"instruction": (str,), "input": (str,), "output": (str,)},
-        may_be_empty=("input",),
+        may_be_empty=("input", "output"),
     )
 
     def training_records(self) -> list[Record]:
@@ -58,4 +60,14 @@ class CodeAlpaca(DataSet):
 
     @cached_property
     def _all(self) -> list[Record]:
-        return self.records.load("train", self._data)
+        """Those with an output: among 20,000 outputs that a model wrote, one may well be empty."""
+        records = self.records.load("train", self._data)
+        empty = [number for number, record in enumerate(records, start=1) if not record["output"].strip()]
+        if empty and empty[-1] > len(records) - TEST:
+            raise InputError(f"codealpaca, record {empty[-1]}: output: is empty, and it is a test question")
+        if empty:
+            warnings.warn(
+                f"codealpaca: {len(empty)} of {len(records)} records have an empty output and are left out: {empty[:10]}",
+                stacklevel=2,
+            )
+        return [record for record in records if record["output"].strip()]

@@ -583,7 +583,6 @@ def test_the_hub_out_of_reach(monkeypatch):
         ("gsm8k", "train", {"question": None, "answer": "#### 5"}, "record 1: question: expected str, got None"),
         ("gsm8k", "train", {"question": "q", "answer": 5}, "record 1: answer: expected str, got 5"),
         ("gsm8k", "train", {"question": "q", "answer": ["#### 5"]}, "record 1: answer: expected str, got"),
-        ("codealpaca", "train", {"instruction": "i", "input": "", "output": " "}, "record 1: output: is empty"),
         ("mbpp", "train", function(1, test_list=[]), "record 1: test_list: expected assert statements, got \\[\\]"),
         ("mbpp", "train", function(1, test_list=["print(1)"]), "record 1: test_list: expected assert statements"),
         ("mbpp", "train", function(1, code="\n"), "record 1: code: is empty"),
@@ -607,6 +606,18 @@ def test_a_bad_record_is_named(name, file, record, message, tmp_path):
     write(tmp_path / folder / f"{file}.jsonl", [record])
     with pytest.raises(spd.InputError, match=rf"{folder}/{file}\.jsonl, {message}"):
         spd.load_task(name, tmp_path).calibration()
+
+
+def test_empty_outputs_of_codealpaca_are_counted_and_named(tmp_path):
+    records = [{"instruction": f"i{n}", "input": "", "output": f"print({n})"} for n in range(104)]
+    records[1]["output"] = " "
+    write(tmp_path / "codealpaca/train.jsonl", records)
+    with pytest.warns(UserWarning, match=r"codealpaca: 1 of 104 records have an empty output and are left out: \[2\]"):
+        assert len(spd.load_task("codealpaca", tmp_path).training_prompts()) == 3
+    records[50]["output"] = ""
+    write(tmp_path / "codealpaca/train.jsonl", records)
+    with pytest.raises(spd.InputError, match="record 51: output: is empty, and it is a test question"):
+        spd.load_task("codealpaca", tmp_path).test()
 
 
 @pytest.mark.parametrize(
