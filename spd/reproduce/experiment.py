@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -243,6 +244,7 @@ _HERE: list[_Worker] = []
 
 
 def _start(place: Place) -> None:
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if place.threads:
         torch.set_num_threads(place.threads)
     _HERE.append(_Worker(place))

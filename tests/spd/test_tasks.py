@@ -469,8 +469,10 @@ def test_what_the_harness_does_not_have(made, tmp_path):
     for name in ("svamp", "codealpaca", task_names()[-1]):  # the last one is the proving ground's
         with pytest.raises(spd.InputError, match=f"prompts: lm-evaluation-harness does not have {name}"):
             spd.load_task(name, made, prompts="harness")
-    with pytest.raises(spd.InputError, match="prompts: expected 'plain' or 'harness', got 'few'"):
+    with pytest.raises(spd.InputError, match="prompts: expected one of plain, chat, harness, got 'few'"):
         spd.load_task("gsm8k", made, prompts="few")
+    with pytest.raises(spd.InputError, match="tokenizer: chat prompts need one, whose template they take, got None"):
+        spd.load_task("gsm8k", made, prompts="chat")
     write(tmp_path / "gsm8k/train.jsonl", [{"question": "q", "answer": "#### 1"}] * 4)
     write(tmp_path / "gsm8k/test.jsonl", [{"question": "q", "answer": "#### 1"}])
     with pytest.raises(spd.InputError, match="need 5 records for shots, there are 4"):
