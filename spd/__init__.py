@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from spd.generation import Generation, generate
     from spd.intervention.attach import Attachment, attach
     from spd.intervention.latent_cache import cache_bytes
+    from spd.intervention.nearest_centroid import NearestCentroid
     from spd.intervention.planner import Plan, Prediction, plan
+    from spd.intervention.router import Decision, Router
     from spd.models import load_model
     from spd.subspace import Basis, Subspace
     from spd.tasks import Question, Task, load_task
@@ -33,6 +35,9 @@ _HOME = {
     "Attachment": "spd.intervention",
     "attach": "spd.intervention",
     "cache_bytes": "spd.intervention",
+    "Decision": "spd.intervention",
+    "NearestCentroid": "spd.intervention",
+    "Router": "spd.intervention",
     "calibrate": "spd.calibration",
     "Recipe": "spd.distillation",
     "adapted": "spd.distillation",
@@ -57,14 +62,17 @@ _HOME = {
 __all__ = [
     "Attachment",
     "Basis",
+    "Decision",
     "Evaluation",
     "Example",
     "Generation",
     "InputError",
+    "NearestCentroid",
     "Plan",
     "Prediction",
     "Question",
     "Recipe",
+    "Router",
     "Subspace",
     "Task",
     "adapted",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def generate(
     batch_size: int = 32,
     seed: int = 42,
     tag: str = "",
+    around: Callable[[list[int]], AbstractContextManager[object]] | None = None,
     label: str = "generate",
     progress: bool = True,
 ) -> list[Generation]:
@@ -87,6 +88,8 @@ def generate(
         batch_size: prompts decoded together.
         seed: of the samples.
         tag: any text that tells apart what `out` depends on besides the arguments: an intervention, an adapter.
+        around: makes the context in which a batch is decoded from the indices of its prompts, in the order of its
+            rows; `Router.generate` uses it.
         label: what the progress bar says.
         progress: show it.
 
@@ -124,9 +127,10 @@ def generate(
         for batch in batches:
             if all(index in done for index in batch):
                 continue
-            fresh = _generate_batch(
-                model, tokenizer, batch, prompts, encoded, temperature, top_k, top_p, max_new_tokens, seed
-            )
+            with around(batch) if around else nullcontext():
+                fresh = _generate_batch(
+                    model, tokenizer, batch, prompts, encoded, temperature, top_k, top_p, max_new_tokens, seed
+                )
             fresh = [generation for generation in fresh if generation.index not in done]
             if store:
                 store.append(fresh)

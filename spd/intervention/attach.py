@@ -3,6 +3,7 @@
 Four forms of the same intervention K <- a K + b K U_K U_Kᵀ (and V alike). `hook` computes it on the outputs of k_proj
 and v_proj and is the reference; `fold` multiplies it into their weights, W <- a W + b U Uᵀ W, and costs nothing.
 `latent_v` and `latent` project as the hook does and cache V, or both, as the r numbers a token that are left of them.
+A `Router` does as the hook does, with a subspace for each sequence.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import Literal, Protocol, Self, get_args
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from spd.errors import InputError
@@ -19,6 +21,7 @@ from spd.intervention.fold import Fold, why_not_fold
 from spd.intervention.hook import Hook, ProjectOutput
 from spd.intervention.latent_probe import install_latent
 from spd.intervention.planner import plan
+from spd.intervention.router import Routed, RouteOutput, Router
 from spd.intervention.target import Form, LatentMode, Target, find_targets
 from spd.sites import find_sites
 from spd.subspace import Subspace
@@ -46,6 +49,8 @@ class Attachment:
         self.mode: Form = mode
         self._modules = modules
         self._installed: _Installed | None = installed
+        if mode != "fold":
+            torch.compiler.reset()  # a model that was compiled before does not look whether it has hooks now
         _ATTACHED.update((module, mode) for module in modules)
 
     def remove(self) -> None:
@@ -66,7 +71,7 @@ class Attachment:
 
 def attach(
     model: nn.Module,
-    subspace: Subspace,
+    subspace: Subspace | Router,
     *,
     mode: Mode | str = "auto",
     sides: Literal["kv", "k", "v"] | str = "kv",
@@ -83,7 +88,8 @@ def attach(
 
     Args:
         model: a causal language model of transformers.
-        subspace: a subspace calibrated on a model of the same configuration.
+        subspace: a subspace calibrated on a model of the same configuration, or a router over some. Under a router
+            every forward pass stands in a `with router.use(...)`, and the mode is "hook".
         mode: "fold" (exact, no cost while running), "hook" (the reference), or "auto": fold where it can be done,
             else hook. "latent_v" projects as the hook does and keeps V as latents in
             the cache that generation makes, "latent" K and V; both need a = 0, b = 1 and a cache that starts empty.
@@ -110,6 +116,8 @@ def attach(
     if context is not None and mode != "auto":
         raise InputError(f'context: expected mode "auto", which chooses by it, got mode {mode!r}')
     refuse_if_attached(model, "attach")
+    if isinstance(subspace, Router):
+        return _attach_router(model, subspace, mode, sides, a, b, context)
     if context is not None:
         return _attach_planned(model, subspace, sides, a, b, context, 1 if batch is None else batch)
     subspace.check_model(model)
@@ -123,6 +131,16 @@ def attach(
         raise InputError(f'mode "fold" cannot be used here: {obstacle}; mode "hook" can')
     form = Hook if mode == "hook" or obstacle else Fold
     return Attachment([each.projection.module for each in targets], form.mode, form(targets, a, b))
+
+
+def _attach_router(
+    model: nn.Module, router: Router, mode: str, sides: str, a: float, b: float, context: int | None
+) -> Attachment:
+    if context is not None or mode not in ("auto", "hook"):
+        asked = f"mode {mode!r}" if context is None else f"context = {context!r}"
+        raise InputError(f'attach: a router has mode "hook" alone, since no weight serves every sequence; got {asked}')
+    routed = Routed(router, model, find_sites(model), sides, a, b)
+    return Attachment(routed.modules, "hook", routed)
 
 
 def _attach_planned(
@@ -165,5 +183,5 @@ def _mode_of(module: nn.Module) -> str | None:
     """The mode of the intervention on this module. A copy of a model under one is in no registry, but has the hooks."""
     if module in _ATTACHED:
         return _ATTACHED[module]
-    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, ProjectOutput)]
+    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, (ProjectOutput, RouteOutput))]
     return "hook" if hooks else None
