@@ -15,6 +15,7 @@ from spd import version
 
 if TYPE_CHECKING:
     from spd.calibration import calibrate
+    from spd.comparison import Comparison
     from spd.distillation import Recipe, adapted, distill
     from spd.errors import InputError
     from spd.evaluation import Evaluation, evaluate
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from spd.intervention.nearest_centroid import NearestCentroid
     from spd.intervention.planner import Plan, Prediction, plan
     from spd.intervention.router import Decision, Router
+    from spd.manifest import verify
     from spd.models import load_model
+    from spd.recalibration import drift
+    from spd.record import signed
     from spd.subspace import Basis, Subspace
     from spd.tasks import Question, Task, load_task
 
@@ -52,6 +56,10 @@ _HOME = {
     "Plan": "spd.intervention.planner",
     "Prediction": "spd.intervention.planner",
     "plan": "spd.intervention.planner",
+    "Comparison": "spd.comparison",
+    "drift": "spd.recalibration",
+    "signed": "spd.record",
+    "verify": "spd.manifest",
     "Basis": "spd.subspace",
     "Subspace": "spd.subspace",
     "Question": "spd.tasks",
@@ -62,6 +70,7 @@ _HOME = {
 __all__ = [
     "Attachment",
     "Basis",
+    "Comparison",
     "Decision",
     "Evaluation",
     "Example",
@@ -80,11 +89,14 @@ __all__ = [
     "cache_bytes",
     "calibrate",
     "distill",
+    "drift",
     "evaluate",
     "generate",
     "load_model",
     "load_task",
     "plan",
+    "signed",
+    "verify",
 ]
 
 

@@ -6,7 +6,6 @@ real token positions t of all examples; U is the first r right singular vectors 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from spd.errors import InputError
 from spd.example import Example
-from spd.files import sha256
 from spd.intervention import refuse_if_attached
 from spd.likelihood import logits_at, padded
 from spd.model_state import frozen, input_device, position_limit
 from spd.progress import bar
-from spd.provenance import config_hash, model_name, versions
+from spd.provenance import config_hash, model_name, versions, weights_fingerprint
+from spd.record import example_hashes, examples_hash
 from spd.sites import Site, choose_layers, depth, find_sites
 from spd.spans import EncodedExample, encode_examples
 from spd.subspace import Basis, Subspace, check_rank, choose_rank
@@ -111,7 +110,9 @@ def calibrate(
         "model": model_name(model),
         "model_class": type(model).__name__,
         "config_sha256": config_hash(model),
-        "examples_sha256": sha256(json.dumps([[e.prompt, e.completion, e.spans] for e in examples])),
+        "weights": weights_fingerprint(model),
+        "examples_sha256": examples_hash(examples),
+        "example_sha256": example_hashes(examples),
         "examples": len(kept),
         "examples_without_span": lost,
         "target_tokens": sum(len(example.targets) for example in kept),

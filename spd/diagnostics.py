@@ -9,10 +9,12 @@ from pathlib import Path
 from random import Random
 from statistics import fmean
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spd.comparison import compare_bases
 from spd.distillation import adapted
 from spd.errors import InputError
 from spd.generation import Generation
@@ -34,6 +36,9 @@ _PAIRS = {
     "tuned_base": ("tuned", "base"),
 }
 
+RESAMPLES = 2000
+"""Of the texts, for the intervals of divergences."""
+
 Interval = tuple[float, float, float]
 """An estimate and the ends of its 95 % interval."""
 
@@ -43,7 +48,8 @@ class Shift:
     """Divergences between the projected policy, the tuned model and the base, on text the projected policy wrote.
 
     Each is KL(p || q) = sum_v p(v) log(p(v) / q(v)) in nats a completion token, at temperature 1 and exact over the
-    vocabulary: its mean over all tokens, with an interval over texts.
+    vocabulary: its mean over all tokens, with the percentile bootstrap interval over texts: a few texts carry most of
+    a divergence, and an interval by Student's t would reach below zero, where no divergence is.
 
     Args:
         projected_tuned, projected_base, tuned_base: KL(projected || tuned), KL(projected || base), KL(tuned || base).
@@ -101,6 +107,8 @@ def distribution_shift(
     batch_size: int = 8,
     sides: str = "kv",
     mode: str = "auto",
+    a: float = 0.0,
+    b: float = 1.0,
     progress: bool = True,
 ) -> Shift:
     """Whether what the projection does to generation survives training.
@@ -115,7 +123,7 @@ def distribution_shift(
         adapter: folder of the adapter that was trained on them.
         generations: two completions or more, as `spd.generate` returned them.
         batch_size: completions in one forward pass.
-        sides, mode: see `spd.attach`.
+        sides, mode, a, b: see `spd.attach`.
         progress: show a progress bar.
 
     Raises:
@@ -132,7 +140,7 @@ def distribution_shift(
 
         for group in _groups(model, texts, batch_size):
             of_base = [logits_of(model, batch) for batch in group]
-            with attach(model, subspace, mode=mode, sides=sides):
+            with attach(model, subspace, mode=mode, sides=sides, a=a, b=b):
                 of_projected = [logits_of(model, batch) for batch in group]
             with adapted(model, adapter) as state:
                 for batch, projected, base in zip(group, of_projected, of_base, strict=True):
@@ -144,10 +152,10 @@ def distribution_shift(
                             sums[name][index] = float(part.sum())
 
     tokens = [text.scored for text in texts]
-    per_token = {name: ratio_interval(of_text, tokens) for name, of_text in sums.items()}
+    per_token = {name: _bootstrapped(of_text, tokens) for name, of_text in sums.items()}
     kept = None
     if per_token["projected_base"][0] > torch.finfo(next(model.parameters()).dtype).eps:
-        lost, low, high = ratio_interval(sums["projected_tuned"], sums["projected_base"])
+        lost, low, high = _bootstrapped(sums["projected_tuned"], sums["projected_base"])
         kept = 1 - lost, 1 - high, 1 - low
     return Shift(**per_token, kept=kept, texts=len(texts), tokens=sum(tokens))
 
@@ -221,7 +229,7 @@ def overlap(a: Subspace, b: Subspace) -> dict[tuple[int, str], float]:
     ||U_a^T U_b||_F^2 / min(r_a, r_b): 1 where one contains the other, `expected_overlap` for random ones.
 
     Raises:
-        InputError: the two differ in layers or widths.
+        InputError: the two differ in layers, widths.
     """
     if a.layers != b.layers:
         raise InputError(f"b: expected the layers of a, {a.layers}, got {b.layers}")
@@ -231,8 +239,7 @@ def overlap(a: Subspace, b: Subspace) -> dict[tuple[int, str], float]:
             one, other = a.side(side)[layer], b.side(side)[layer]
             if one.width != other.width:
                 raise InputError(f"b: expected d = {one.width} at {side.upper()} of layer {layer}, got {other.width}")
-            cosines = one.basis.double().T @ other.basis.double()
-            found[layer, side] = min(1.0, float(cosines.square().sum()) / min(one.rank, other.rank))
+            found[layer, side] = compare_bases(layer, side, one, other).overlap
     return found
 
 
@@ -279,6 +286,16 @@ def _p(differences: Sequence[Sequence[float]]) -> float:
     if all(isinstance(each, int) for question in differences for each in question):
         return paired_test([[int(each) for each in question] for question in differences])
     return paired_mean_test([fmean(question) for question in differences])
+
+
+def _bootstrapped(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
+    """sum(a) / sum(b), and the ends of its 95 % percentile bootstrap interval over texts (Efron 1979), seeded."""
+    a, b = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
+    drawn = np.random.default_rng(0).integers(len(a), size=(RESAMPLES, len(a)))
+    above, below = a[drawn].sum(1), b[drawn].sum(1)
+    possible = below > 0  # of texts that projection moves nothing in there is no share
+    low, high = np.percentile(above[possible] / below[possible], [2.5, 97.5])
+    return float(a.sum() / b.sum()), float(low), float(high)
 
 
 def _encode(

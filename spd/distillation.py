@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -128,6 +129,12 @@ def distill(
     _check_original(model, "distill")
     recipe = replace(recipe, max_length=min(recipe.max_length, position_limit(model) or recipe.max_length))
     examples = [_encode(tokenizer, generation, recipe) for generation in generations]
+    cut = sum(example.pop("cut") for example in examples)
+    if cut:
+        warnings.warn(
+            f"distill: {cut} of {len(examples)} texts are longer than max_length = {recipe.max_length} tokens, and cut",
+            stacklevel=2,
+        )
     examples = [example for example in examples if any(label != _IGNORED for label in example["labels"][1:])]
     if not examples:
         raise InputError("generations: expected at least one with a token to train on, got none")
@@ -166,6 +173,7 @@ def distill(
                 tuned.save_pretrained(temporary)
                 result = {
                     "examples": len(examples),
+                    "cut": cut,
                     "tokens": sum(len(example["input_ids"]) for example in examples),
                     "loss": losses,
                     "weights_sha256": sha256_of_file(temporary / WEIGHTS),
@@ -205,8 +213,14 @@ def merged(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
     round of self-distillation.
 
     Raises:
-        InputError: as `adapted`.
+        InputError: as `adapted`; or weights in half precision, in which most of so small an update would vanish.
     """
+    coarse = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} & {"float16", "bfloat16"}
+    if coarse:
+        raise InputError(
+            f"model: its weights are {coarse.pop()}, in which an adapter's small updates vanish when they are merged; "
+            "for further rounds load it with dtype float32"
+        )
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         with adapted(model, adapter) as opened:
@@ -298,7 +312,7 @@ def _train(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, generation: Generation, recipe: Recipe) -> dict[str, Any]:
-    """Token ids and labels: the very tokens that were sampled, or, where there are none, those of the text."""
+    """Token ids, labels, and whether they were cut: the very tokens that were sampled, or else those of the text."""
     prompt = list(tokenizer(generation.prompt)["input_ids"])
     if generation.tokens:
         tokens = prompt + list(generation.tokens)
@@ -308,7 +322,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, generation: Generation, recipe: 
             tokens.append(tokenizer.eos_token_id)
     ignored = 0 if recipe.prompt_loss else len(prompt)
     labels = [_IGNORED] * min(ignored, len(tokens)) + tokens[ignored:]
-    return {"input_ids": tokens[: recipe.max_length], "labels": labels[: recipe.max_length]}
+    cut = len(tokens) > recipe.max_length
+    return {"input_ids": tokens[: recipe.max_length], "labels": labels[: recipe.max_length], "cut": cut}
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

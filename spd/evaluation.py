@@ -180,8 +180,9 @@ def evaluate(
     nlls: list[float | None] = [None] * len(questions)
     if task.metric == "nll":
         pairs = [(question.prompt, question.reference) for question in questions]
-        scored = completion_nll(model, tokenizer, pairs, batch_size=batch_size, label=label, progress=progress)
-        nlls = [text.nll / text.tokens for text in scored]
+        # in batches of its own size, not of this one's: logits take much room
+        scored = completion_nll(model, tokenizer, pairs, label=label, progress=progress)
+        nlls = [text.per_token for text in scored]
     answers = [
         Answer(question.prompt, question.reference, generation.completion, verdict, question.group, nll)
         for question, generation, verdict, nll in zip(questions, generations, verdicts, nlls, strict=True)

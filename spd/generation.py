@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,8 +100,8 @@ def generate(
         InputError: unusable arguments, a prompt with no token or too long for the model, or an `out` made otherwise.
     """
     prompts = list(prompts)
-    _check_settings(temperature, top_k, top_p, max_new_tokens, batch_size, seed)
-    encoded = _encode(model, tokenizer, prompts, max_new_tokens)
+    check_settings(temperature, top_k, top_p, max_new_tokens, batch_size, seed)
+    encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: (len(encoded[index]), index))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -118,7 +118,7 @@ def generate(
         "seed": seed,
         "tag": tag,
     }
-    store = _Store(Path(out), settings, prompts) if out is not None else None
+    store = CompletionsFile(Path(out), settings, prompts) if out is not None else None
     done = store.done if store else {}
 
     shown = bar(total=len(prompts), done=len(done), label=label, unit="prompts", show=progress)
@@ -186,7 +186,7 @@ class SeededSampling(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
 
 
-class _Store:
+class CompletionsFile:
     """The JSON Lines file behind a resumable generation, and its settings beside it."""
 
     def __init__(self, path: Path, settings: dict[str, Any], prompts: list[str]) -> None:
@@ -270,21 +270,31 @@ def _generate_batch(
             logits_processor=processors,
         )[:, length:].cpu()
 
-    ends = set(_end_tokens(config))
+    ends = set(end_tokens(config))
     generations = []
     for row, index in enumerate(batch):
         sampled = output[row].tolist()
-        end = next((position for position, token in enumerate(sampled) if token in ends), None)
-        generations.append(
-            Generation(
-                index=index,
-                prompt=prompts[index],
-                completion=_continuation(tokenizer, encoded[index], sampled[:end]),
-                tokens=sampled if end is None else sampled[: end + 1],
-                finished=end is not None,
-            )
-        )
+        generations.append(completed(tokenizer, index, prompts[index], encoded[index], sampled, ends))
     return generations
+
+
+def completed(
+    tokenizer: PreTrainedTokenizerBase,
+    index: int,
+    prompt: str,
+    encoded: list[int],
+    sampled: list[int],
+    ends: Collection[int],
+) -> Generation:
+    """What was sampled behind a prompt, up to and including the first of the tokens that end a text."""
+    end = next((position for position, token in enumerate(sampled) if token in ends), None)
+    return Generation(
+        index=index,
+        prompt=prompt,
+        completion=_continuation(tokenizer, encoded, sampled[:end]),
+        tokens=sampled if end is None else sampled[: end + 1],
+        finished=end is not None,
+    )
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], sampled: list[int]) -> str:
@@ -305,7 +315,7 @@ def _plain_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerBas
     own: GenerationConfig = model.generation_config  # type: ignore[assignment]
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     inner_own = inner.generation_config
-    ends = _end_tokens(own) or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
+    ends = end_tokens(own) or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
     candidates = (tokenizer.pad_token_id, own.pad_token_id, ends[0] if ends else None, 0)
     model.generation_config = GenerationConfig(  # type: ignore[assignment]
         bos_token_id=own.bos_token_id,
@@ -319,12 +329,12 @@ def _plain_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerBas
         inner.generation_config = inner_own
 
 
-def _end_tokens(config: GenerationConfig) -> list[int]:
+def end_tokens(config: GenerationConfig) -> list[int]:
     ends = config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _encode(
+def encode_prompts(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
 ) -> list[list[int]]:
     for index, prompt in enumerate(prompts):
@@ -350,7 +360,7 @@ def _too_long(model: nn.Module, encoded: Sequence[Sequence[int]], max_new_tokens
     return [index for index, tokens in enumerate(encoded) if len(tokens) + max_new_tokens > limit]
 
 
-def _check_settings(
+def check_settings(
     temperature: float, top_k: int | None, top_p: float, max_new_tokens: int, batch_size: int, seed: int
 ) -> None:
     if not (isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")):

@@ -9,6 +9,7 @@ from functools import wraps
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from spd.errors import InputError
 from spd.subspace import Subspace
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def blank_figure(width: float, height: float, panels: int = 1, *, sharey: bool =
 
 def spectra_figure(subspace: Subspace) -> Figure:
     """Singular values relative to the first, one panel a layer, with the rank cut and the energy it keeps."""
+    if subspace.derived:
+        raise InputError(f"plot: this subspace was made by {subspace.derived} and has no spectra; plot its parents")
     layers = subspace.layers
     figure, axes = blank_figure(3.4 if len(layers) < PANELS_A_ROW else 2.8, 2.8, len(layers))
     for axis, layer in zip(axes, layers, strict=True):
@@ -116,12 +119,18 @@ def training_loss(losses: dict[str, list[dict[str, float]]]) -> Figure:
     return figure
 
 
-@_as_svg
-def accuracy_bars(metrics: list[dict[str, Any]]) -> Figure:
-    """Accuracy with its 95 % interval: one group for each capability tested on itself, else on every task."""
+def accuracy_groups(metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Capabilities and tests to draw: each capability tested on itself, else on every task that accuracy judges."""
     capabilities = list(dict.fromkeys(score["capability"] for score in metrics if score["capability"]))
     tests = list(dict.fromkeys(score["task"] for score in metrics))
-    groups = [(name, test) for name in capabilities for test in tests if name == test or name not in tests]
+    judged = [test for test in tests if not any("nll" in score for score in metrics if score["task"] == test)]
+    return [(name, test) for name in capabilities for test in judged if name == test or name not in tests]
+
+
+@_as_svg
+def accuracy_bars(metrics: list[dict[str, Any]]) -> Figure:
+    """Accuracy with its 95 % interval, by the groups of `accuracy_groups`."""
+    groups = accuracy_groups(metrics)
     arms = list(dict.fromkeys(score["arm"] for score in metrics))
     colours, step = arm_colours(arms), 0.8 / len(arms)
     figure, (axis,) = blank_figure(min(2.0 + (0.9 + 0.25 * len(arms)) * len(groups), 12), 2.8)

@@ -44,7 +44,7 @@ def write_report(folder: str | Path) -> Path:
         table=score_table(metrics),
         tests=list(dict.fromkeys(score["task"] for score in metrics)),
         arms={name: parse_arm(name).meaning for name in config["arms"]},
-        bars=plots.accuracy_bars(metrics),
+        bars=plots.accuracy_bars(metrics) if plots.accuracy_groups(metrics) else "",
         capabilities=capabilities,
         samples=_samples(folder, names, config["arms"], metrics),
     )

@@ -60,6 +60,9 @@ def run(
     """
     folder = Path(folder)
     check_consent([load_task(name, config.data) for name in config.evaluated], run_generated_code)
+    for arm in map(parse_arm, config.arms):
+        if arm.projection and arm.projection.source:
+            load_task(arm.projection.source, config.data)  # refused now, not after the arms before it
     with owned(folder, config.as_dict(), lambda stored: parse_config(stored).as_dict()):
         say("load: the model")
         model, tokenizer = load_model(config.model, dtype=config.dtype, device=config.device)

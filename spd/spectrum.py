@@ -15,14 +15,17 @@ _DECADES = 4.0
 
 @dataclass(frozen=True, eq=False)
 class SiteRow:
-    """One layer and side: width d, rank kept, share of the squared singular values, rank that would keep 95 %."""
+    """One layer and side: width d, rank kept, share of the squared singular values, rank that would keep 95 %.
+
+    The last three are None for a derived subspace, whose singular values are not known.
+    """
 
     site: str
     width: int
     rank: int
-    energy: float
-    rank_95: int
-    singular_values: Tensor
+    energy: float | None
+    rank_95: int | None
+    singular_values: Tensor | None
 
 
 def site_rows(subspace: Subspace) -> list[SiteRow]:
@@ -30,8 +33,11 @@ def site_rows(subspace: Subspace) -> list[SiteRow]:
     for layer in subspace.layers:
         for side in "kv":
             basis = subspace.side(side)[layer]
-            rank_95 = choose_rank("energy:0.95", basis.singular_values)
             site = f"layer {layer} {side.upper()}"
+            if subspace.derived:
+                rows.append(SiteRow(site, basis.width, basis.rank, None, None, None))
+                continue
+            rank_95 = choose_rank("energy:0.95", basis.singular_values)
             rows.append(SiteRow(site, basis.width, basis.rank, basis.energy(), rank_95, basis.singular_values))
     return rows
 

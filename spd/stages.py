@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -136,19 +137,20 @@ class Stages:
     def subspace(self, capability: str, projection: Projection, origin: str = "") -> Subspace:
         """The subspace of a projection. With an `origin`, of that further round's model: then only inside `started`."""
         if projection.source and not origin:  # another task's own
-            capability, projection = projection.source, replace(projection, source=None)
+            capability, projection = self.task(projection.source).name, replace(projection, source=None)
         folder = self.subspace_folder(capability, projection, origin)
         if (folder / MANIFEST).is_file():
             return Subspace.from_pretrained(folder, self.model)
         bare = replace(projection, sides=None)
+        beside = [self.subspace(capability, other, origin) for other in _made_from(bare)]  # stages of their own
         with self.stage("calibrate", ", ".join(filter(None, (capability, bare.slug, origin)))):
-            made = self._make_subspace(capability, bare, origin)
+            made = self._make_subspace(capability, bare, beside)
             made.save_pretrained(folder)
         return made
 
     def subspace_folder(self, capability: str, projection: Projection, origin: str = "") -> Path:
         if projection.source and not origin:
-            capability, projection = projection.source, replace(projection, source=None)
+            capability, projection = self.task(projection.source).name, replace(projection, source=None)
         slug = replace(projection, sides=None).slug
         root = self._root(projection, origin) / capability
         return root / "subspaces" / ((slug or "gradient") + origin) if slug or origin else root / "subspace"
@@ -177,14 +179,17 @@ class Stages:
                 top_p=sampling.top_p,
                 max_new_tokens=settings.max_new_tokens or self.task(capability).max_new_tokens,
                 batch_size=settings.batch_size,
-                seed=self.config.seed,
+                seed=_seed(self.config.seed, round),
                 tag=self._subspace_tag(capability, projection, origin) if projection else "",
                 progress=self.progress,
             )
 
     def _adapter(self, capability: str, arm: Arm, round: int) -> Path:
         """The adapter that a round of an arm ends with."""
-        recipe, rate, name = self.config.training, arm.learning_rate, _trained(arm, round)
+        recipe, name = self.config.training, _trained(arm, round)
+        recipe = replace(
+            recipe, seed=_seed(recipe.seed, round), learning_rate=arm.learning_rate or recipe.learning_rate
+        )
         with self.started(capability, arm, round):
             generations = self.generations(capability, arm, round)
             with self.stage("distill", f"{capability}, {name}"):
@@ -193,7 +198,7 @@ class Stages:
                     self.tokenizer,
                     generations,
                     out=self.folder / capability / "adapters" / name,
-                    recipe=replace(recipe, learning_rate=rate) if rate else recipe,
+                    recipe=recipe,
                     progress=self.progress,
                 )
 
@@ -240,28 +245,27 @@ class Stages:
             )
         return [prompt for index, prompt in enumerate(prompts) if index not in set(dropped)]
 
-    def _make_subspace(self, capability: str, projection: Projection, origin: str) -> Subspace:
-        kind = projection.subspace
+    def _make_subspace(self, capability: str, projection: Projection, beside: list[Subspace]) -> Subspace:
+        """`beside` are the subspaces of `_made_from`."""
+        settings, kind = self.config.calibration, projection.subspace
         if kind == "gradient" and projection.rank not in (None, "full"):
             assert projection.rank is not None
-            return self.subspace(capability, replace(projection, rank="full"), origin).truncate(projection.rank)
-        examples = self._examples(capability, projection)
+            return beside[0].truncate(projection.rank)
+        if kind == "random":
+            return controls.random_subspace(beside[0], self.config.seed)
+        if kind == "bottom":
+            return controls.bottom_subspace(beside[1], beside[0])
+        task = self.task(projection.source or capability)
+        examples = task.calibration()[: projection.examples or settings.examples or task.calibration_size]
         if kind == "gradient":
             return self._calibrate(examples, projection)
-        like = self.subspace(capability, replace(projection, subspace="gradient"), origin)
-        if kind == "random":
-            return controls.random_subspace(like, self.config.seed)
         if kind == "shuffled":
             return self._calibrate(controls.shuffled_labels(examples, self.config.seed, exchange="spans"), projection)
-        if kind == "bottom":
-            full = self.subspace(capability, replace(projection, subspace="gradient", rank="full"), origin)
-            return controls.bottom_subspace(full, like)
-        settings = self.config.calibration
         return controls.activation_subspace(
             self.model,
             self.tokenizer,
             examples,
-            like,
+            beside[0],
             batch_size=settings.batch_size,
             max_length=settings.max_length,
             progress=self.progress,
@@ -282,10 +286,6 @@ class Stages:
             max_length=settings.max_length,
             progress=self.progress,
         )
-
-    def _examples(self, capability: str, projection: Projection) -> list[Example]:
-        task = self.task(projection.source or capability)
-        return task.calibration()[: projection.examples or self.config.calibration.examples or task.calibration_size]
 
     def _evaluate(
         self, capability: str | None, arm: Arm, tests: Sequence[str], model: nn.Module, tag: str
@@ -330,6 +330,22 @@ class Stages:
     def _subspace_tag(self, capability: str, projection: Projection, origin: str = "") -> str:
         manifest = sha256_of_file(self.subspace_folder(capability, projection, origin) / MANIFEST)
         return f"subspace {manifest}, {self._intervention(projection).model_dump_json()}"
+
+
+def _made_from(projection: Projection) -> list[Projection]:
+    """The projections whose subspaces another's is made from or stands beside."""
+    gradient = replace(projection, subspace="gradient")
+    full = replace(gradient, rank="full")
+    if projection.subspace == "gradient":
+        return [full] if projection.rank not in (None, "full") else []
+    return {"random": [gradient], "activations": [gradient], "bottom": [gradient, full], "shuffled": []}[
+        projection.subspace
+    ]
+
+
+def _seed(seed: int, round: int) -> int:
+    """Each round draws anew: an almost unchanged model would else write almost the same."""
+    return seed if round == 1 else int(np.random.default_rng([seed, round]).integers(2**31))
 
 
 def _completions(arm: Arm) -> str:

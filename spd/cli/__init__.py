@@ -3,7 +3,7 @@
 Heavy imports stand inside the commands, so that help is there at once.
 """
 
-from spd.cli import method, show, study
+from spd.cli import method, ship, show, study
 from spd.cli.app import app, main
 
-__all__ = ["app", "main", "method", "show", "study"]
+__all__ = ["app", "main", "method", "ship", "show", "study"]

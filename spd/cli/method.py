@@ -61,7 +61,7 @@ def demo(
     from spd.run import run as carry_out
     from spd.subspace import Subspace
 
-    settings = load_config(Path(__file__).with_name("demo.toml"))
+    settings = load_config(Path(__file__).parents[1] / "demo.toml")
     scores = carry_out(settings, out, progress=not quiet, say=say(quiet))
     for task in settings.tasks:
         print_spectra(f"Gradient spectra, {task}", Subspace.from_pretrained(out / task / "subspace"))
@@ -130,6 +130,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 42,
     mode: Mode = "auto",
     sides: Sides = "kv",
+    engine: Annotated[str, typer.Option(help='"transformers", or "vllm" where it is installed.')] = "transformers",
     prompts_as: PromptsAs = "plain",
     data: Data = None,
     dtype: Dtype = "auto",
@@ -140,23 +141,31 @@ def generate(
     import spd
 
     _check_projection(subspace, mode, sides)
+    if engine not in ("transformers", "vllm"):
+        raise InputError(f'--engine: expected "transformers" or "vllm", got {engine!r}')
+    if engine == "vllm" and mode not in ("auto", "fold"):
+        raise InputError(f'--mode: with --engine vllm expected "auto" or "fold", got {mode!r}')
     chosen = _task(task, data, prompts_as, model)
-    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
-    with _projected(loaded, subspace, mode, sides):
-        spd.generate(
-            loaded,
-            tokenizer,
-            chosen.training_prompts()[:prompts],
-            out=out,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            tag=_tag(subspace, mode, sides),
-            progress=not quiet,
-        )
+    wanted = chosen.training_prompts()[:prompts]
+    settings: dict[str, Any] = {
+        "out": out,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "max_new_tokens": chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        "seed": seed,
+        "progress": not quiet,
+    }
+    if engine == "vllm":
+        from spd.engine import generate_with_vllm
+
+        options = {} if dtype == "auto" else {"dtype": dtype}
+        generate_with_vllm(model, wanted, subspace=subspace, sides=sides, options=options, **settings)
+    else:
+        loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+        with _projected(loaded, subspace, mode, sides):
+            tag = _tag(subspace, mode, sides)
+            spd.generate(loaded, tokenizer, wanted, batch_size=batch_size, tag=tag, **settings)
     typer.echo(out)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from spd.evaluation import Evaluation
     from spd.intervention.planner import Plan
+    from spd.recalibration import Drift
     from spd.stages import Score
     from spd.subspace import Subspace
 
@@ -44,6 +45,20 @@ def print_scores(scores: list[Score], folder: Path) -> None:
     console.print("Accuracy in %, 95 % interval", style="italic", highlight=False)
     console.print(*tables)
     typer.echo(f"report: {(folder / 'report.html').resolve()}")
+
+
+def print_drift(drift: Drift) -> None:
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    for name in ("site", "overlap", "of halves", "by chance", "energy", "of halves", "kept"):
+        table.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
+    for site in drift.sites:
+        shares = (site.overlap, site.noise, site.by_chance, site.energy, site.repeat)
+        kept = "-" if site.kept is None else f"{100 * site.kept:.0f} %"
+        table.add_row(site.comparison.site, *(f"{share:.2f}" for share in shares), kept)
+    wide_console().print(table)
+    typer.echo(drift.reason)
 
 
 def _score_table(scores: list[Score]) -> Table:
@@ -85,9 +100,11 @@ def print_spectra(title: str, subspace: Subspace) -> None:
             row.site,
             str(row.width),
             str(row.rank),
-            f"{100 * row.energy:.1f} %",
-            str(row.rank_95),
-            sparkline(row.singular_values, columns=28),  # with which the table has 80 columns at most
+            "-" if row.energy is None else f"{100 * row.energy:.1f} %",
+            "-" if row.rank_95 is None else str(row.rank_95),
+            f"none: made by {subspace.derived}"
+            if row.singular_values is None
+            else sparkline(row.singular_values, columns=28),  # with which the table has 80 columns at most
         )
     wide_console().print(table)
 

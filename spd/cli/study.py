@@ -26,7 +26,9 @@ def reproduce(
         str | None, typer.Option("--model", "-m", help='Checkpoint folder, hub name, or "proving-ground".')
     ] = None,
     data: Data = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many repetitions.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many repetitions.", show_default="3, or the file's")
+    ] = None,
     miniature: Annotated[bool, typer.Option("--miniature", help="On the carried model and capabilities.")] = False,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with further settings; spd/reproduce/settings.py lists them.")

@@ -24,7 +24,8 @@ class Fold:
             for each in targets:
                 for parameter in _parameters(each.projection):
                     self._keep(parameter)
-                _fold(each.projection, each.basis, a, b)
+                    with torch.no_grad():
+                        fold_into(parameter, each.projection, each.basis, a, b)
         except BaseException:
             self.remove()
             raise
@@ -69,11 +70,10 @@ def _parameters(projection: Projection) -> list[nn.Parameter]:
     return [projection.weight] if bias is None else [projection.weight, bias]  # type: ignore[list-item]
 
 
-@torch.no_grad()
-def _fold(projection: Projection, basis: Tensor, a: float, b: float) -> None:
-    for parameter in _parameters(projection):
-        # (features, ...) view of the weight: a Conv1D keeps its features last
-        rows = parameter if projection.features_first or parameter.ndim == 1 else parameter.T
-        old = rows[projection.columns].double()
-        u = basis.to(old)
-        rows[projection.columns] = (a * old + b * (u @ (u.T @ old))).to(parameter.dtype)
+def fold_into(tensor: Tensor, projection: Projection, basis: Tensor, a: float, b: float) -> None:
+    """Project K or V in place, in a weight or a bias of the projection's module; in float64, cast once."""
+    # (features, ...) view of the weight: a Conv1D keeps its features last
+    rows = tensor if projection.features_first or tensor.ndim == 1 else tensor.T
+    old = rows[projection.columns].double()
+    u = basis.to(old)
+    rows[projection.columns] = (a * old + b * (u @ (u.T @ old))).to(tensor.dtype)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from spd.config import (
     CalibrationSettings,
@@ -18,7 +18,7 @@ from spd.config import (
     read_toml,
 )
 from spd.distillation import Recipe
-from spd.errors import InputError
+from spd.errors import InputError, near
 from spd.reproduce.tables import PAPER, PROVING_GROUND, Domain
 
 MINIATURE = Path(__file__).with_name("miniature.toml")
@@ -30,6 +30,13 @@ class DiagnosticsSettings(Section):
 
     completions: int = Field(default=50, ge=0)
     texts: int = Field(default=100, ge=0)
+
+    @field_validator("texts")
+    @classmethod
+    def _interval(cls, texts: int) -> int:
+        if texts == 1:
+            raise ValueError("expected 0, or at least 2 for an interval, got 1")
+        return texts
 
 
 class ReproduceSettings(Section):
@@ -55,7 +62,7 @@ class ReproduceSettings(Section):
     prompts: Literal["plain", "chat", "harness"] = "plain"
     data: str | None = None
     neutral: str | None = None
-    seeds: list[int] = Field(default=[42, 43, 44], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[42, 43, 44], min_length=1)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
     calibration: CalibrationSettings = CalibrationSettings()
@@ -90,17 +97,20 @@ def parse_settings(values: dict[str, Any], source: str = "settings") -> Reproduc
         raise InputError(f"{source}: seeds: {seeds} names a seed twice")
     training = values.get("training")
     if isinstance(training, dict):
+        known = Recipe.__dataclass_fields__
+        if unknown := [key for key in training if key not in known]:
+            raise InputError(f"{source}: unknown key {'training.' + unknown[0]!r}{near(unknown[0], known)}")
         values = values | {"training": Recipe(**training)}
     return parse_section(ReproduceSettings, values, source)
 
 
-def load_settings(path: Path | None, given: dict[str, Any], seeds: int) -> ReproduceSettings:
+def load_settings(path: Path | None, given: dict[str, Any], seeds: int | None = None) -> ReproduceSettings:
     """Settings from a TOML file, if there is one, with what was given besides.
 
     Args:
         path: the file.
         given: values by key ("generation.prompts"), those that are None left out.
-        seeds: how many repetitions: the file's seeds from the first on, then numbers that follow.
+        seeds: how many repetitions: the file's seeds from the first on, then numbers that follow (None: the file's).
 
     Raises:
         InputError: no such file, not TOML, or what `parse_settings` refuses.
@@ -111,6 +121,6 @@ def load_settings(path: Path | None, given: dict[str, Any], seeds: int) -> Repro
             *section, name = key.split(".")
             (values.setdefault(section[0], {}) if section else values)[name] = value
     listed = values.get("seeds", ReproduceSettings.model_fields["seeds"].default)
-    if isinstance(listed, list) and all(isinstance(seed, int) for seed in listed):
+    if seeds is not None and isinstance(listed, list) and listed and all(isinstance(seed, int) for seed in listed):
         values["seeds"] = (listed + [max(listed) + 1 + more for more in range(seeds)])[:seeds]
     return parse_settings(values, path.name if path else "settings")

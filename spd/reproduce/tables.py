@@ -115,8 +115,8 @@ def _rows(*arms: str) -> tuple[Row, ...]:
     return tuple(Row(arm, arm) for arm in arms)
 
 
-def _sweep(option: str, values: Sequence[str], default: str = "") -> tuple[Row, ...]:
-    return tuple(Row(value, "spd" if value == default else f"spd:{option}={value}") for value in values)
+def _sweep(option: str, values: Sequence[str]) -> tuple[Row, ...]:
+    return tuple(Row(value, f"spd:{option}={value}") for value in values)
 
 
 _MAIN = _rows("base", "self-training", "ssd", "spd")
@@ -195,7 +195,7 @@ TABLES: Mapping[str, Table] = {
             "rank",
             "How many directions",
             "SPD by rank; the full rank projects nothing away.",
-            _sweep("rank", ("4", "16", "half", "energy:0.95", "full"), "half"),
+            _sweep("rank", ("4", "16", "half", "energy:0.95", "full")),
             against="half",
             sweep="rank",
         ),
@@ -203,7 +203,7 @@ TABLES: Mapping[str, Table] = {
             "layers",
             "Which layers",
             "SPD by the layers that are projected.",
-            _sweep("layers", ("paper", "middle", "last", "all"), "paper"),
+            _sweep("layers", ("paper", "middle", "last", "all")),
             against="paper",
             sweep="layers",
         ),
@@ -240,13 +240,15 @@ class Layout:
         domains: whose tests are the columns.
         default_examples: by capability, how many calibration examples an arm takes that does not say.
         available_examples: by capability, how many there are.
-        learning_rate: that of an arm that does not say.
+        learning_rate, rank, layers: those of an arm that does not say.
     """
 
     domains: tuple[Domain, ...]
     default_examples: Mapping[str, int]
     available_examples: Mapping[str, int]
     learning_rate: float = 0.0
+    rank: int | str = "half"
+    layers: str | Sequence[int] = "paper"
 
     def columns(self, table: Table) -> list[Column]:
         """The tests of a table, role by role."""
@@ -259,13 +261,17 @@ class Layout:
         return found
 
     def rows(self, table: Table) -> list[Row]:
-        """The rows, those with "@" once for each domain."""
+        """The rows, those with "@" once for each domain; an arm names no rank and no layers that it has anyway."""
         rows: list[Row] = []
         for row in table.rows:
             for domain in self.domains if "@" in row.label else self.domains[:1]:
                 trained_for = row.trained_for and row.trained_for.replace("@", domain.name)
-                arm = row.arm.replace("@", domain.capability)
-                rows.append(Row(row.label.replace("@", domain.name), arm, trained_for))
+                arm = parse_arm(row.arm.replace("@", domain.capability))
+                if arm.projection and arm.projection.rank == self.rank:
+                    arm = without(arm, "rank")
+                if arm.projection and arm.projection.layers == self.layers:
+                    arm = without(arm, "layers")
+                rows.append(Row(row.label.replace("@", domain.name), arm.name, trained_for))
         return rows
 
     def cell(self, row: Row, column: Column) -> Cell | None:

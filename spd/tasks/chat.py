@@ -50,7 +50,7 @@ class ChatTask(Task):
             setattr(self, name, getattr(task, name))
 
     def calibration(self) -> list[Example]:
-        return [self._example(example) for example in self.task.calibration()]
+        return [self.inside(example) for example in self.task.calibration()]
 
     def training_prompts(self) -> list[str]:
         return [self._wrapped(prompt) for prompt in self.task.training_prompts()]
@@ -74,7 +74,8 @@ class ChatTask(Task):
             raise AttributeError(name)
         return getattr(self.task, name)
 
-    def _example(self, example: Example) -> Example:
+    def inside(self, example: Example) -> Example:
+        """An example of the task inside the template, its spans where they were."""
         prompt = self._wrapped(example.prompt)
         completion = _following(prompt, example.completion)
         before, after = self._frame

@@ -67,7 +67,8 @@ class CodeAlpaca(DataSet):
             raise InputError(f"codealpaca, record {empty[-1]}: output: is empty, and it is a test question")
         if empty:
             warnings.warn(
-                f"codealpaca: {len(empty)} of {len(records)} records have an empty output and are left out: {empty[:10]}",
+                f"codealpaca: {len(empty)} of {len(records)} records have an empty output and are left out: "
+                f"{empty[:10]}",
                 stacklevel=2,
             )
         return [record for record in records if record["output"].strip()]

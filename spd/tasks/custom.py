@@ -59,6 +59,10 @@ def load_custom(name: str, data: str | Path | None = None) -> Task | None:
 
 def calibration_by_rule(task: Task, rule: str) -> list[Example]:
     """A task's calibration examples with the spans of a rule of `spd.tasks.markers`, had they others or none."""
+    from spd.tasks.chat import ChatTask
+
+    if isinstance(task, ChatTask):
+        return [task.inside(example) for example in calibration_by_rule(task.task, rule)]
     return remark(rule, task.unmarked() if isinstance(task, JsonlTask) else task.calibration())
 
 

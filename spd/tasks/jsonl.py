@@ -85,7 +85,7 @@ class JsonlTask(Task):
         return [Example(record.prompt, record.completion) for record in self._split("train")]
 
     def training_prompts(self) -> list[str]:
-        return [record.prompt for record in self._split("train")]
+        return [record.prompt for record in self._split("train")[: self.training_size]]
 
     def test(self) -> list[Question]:
         return [Question(record.prompt, record.completion, record.group) for record in self._split("test")]
@@ -135,7 +135,7 @@ class Settings(BaseModel):
             log-likelihood.
         max_new_tokens: length of a completion.
         calibration_size: default number of calibration examples.
-        training_size: default number of training prompts (default: all).
+        training_size: the first so many training prompts (default: all).
         test_size: default number of test questions (default: all).
         stop: a completion ends before the first of these strings.
     """

@@ -12,7 +12,7 @@ from spd.example import Example
 from spd.tasks.base import Question
 from spd.tasks.data_set import DataSet
 from spd.tasks.harness import context, first_shots
-from spd.tasks.python_code import extract_code
+from spd.tasks.python_code import runnable_code
 from spd.tasks.records import Record, Records
 
 _HUB = "google-research-datasets/mbpp"
@@ -75,7 +75,7 @@ class MBPP(DataSet):
         from spd.sandbox import run_many
 
         pairs = zip(completions, questions, strict=True)
-        programs = [(extract_code(completion), question.reference) for completion, question in pairs]
+        programs = [(runnable_code(completion), question.reference) for completion, question in pairs]
         return [verdict.passed for verdict in run_many(programs, label="run the tests", progress=len(programs) > 1)]
 
 

@@ -10,6 +10,9 @@ import warnings
 MAX_LENGTH = 100_000
 """Longer texts are not parsed. CPython 3.11 and later refuse deeper nesting than fits here, and do not crash on it."""
 
+MAX_LINES = 300
+"""Of code whose end is looked for."""
+
 _BLOCK = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _TOP_LEVEL = re.compile(r"^(?:def|async def|class|import|from|@\w)", re.MULTILINE)
 
@@ -26,6 +29,22 @@ def extract_code(completion: str) -> str:
     code = _aligned(before if fence else completion)
     start = _TOP_LEVEL.search(code)
     return code[start.start() :] if start and not parses(code) else code
+
+
+def runnable_code(completion: str) -> str:
+    """The code without prose that follows it unfenced: lines at its end are dropped until it parses.
+
+    Where none of it does, it stays as it is.
+    """
+    code = extract_code(completion)
+    lines = code.splitlines()
+    if parses(code) or len(lines) > MAX_LINES:
+        return code
+    for end in range(len(lines) - 1, 0, -1):
+        rest = "\n".join(lines[:end])
+        if parses(rest):
+            return rest
+    return code
 
 
 def parses(code: str) -> bool:

@@ -220,3 +220,42 @@ def test_no_score_is_cut_off(count, terminal, tables, tmp_path, monkeypatch, cap
     assert all(re.search(rf"\b{test} ", table) for test in TESTS[:count])
     assert table.count("n = 200") == count
     assert max(map(len, table.splitlines())) <= 80 or not terminal
+
+
+def spd_command(capsys, *arguments):
+    """Status and standard output of a command."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.argv", ["spd", *map(str, arguments)])
+        main()
+    return end.value.code, capsys.readouterr()
+
+
+def test_a_subspace_is_verified_and_its_drift_told(checkpoint, made_records, tmp_path, capsys):
+    task = ["-t", "gsm8k", "--data", made_records]
+    folder = tmp_path / "subspace"
+    assert spd_command(capsys, "calibrate", "-m", checkpoint, *task, "--examples", 8, "--out", folder, "-q")[0] == 0
+    status, shown = spd_command(capsys, "verify", folder, "-m", checkpoint, *task, "--whole")
+    assert (status, "0 differ" in shown.out) == (0, True)
+    assert "unchecked" not in shown.out
+    status, shown = spd_command(capsys, "drift", folder, "-m", checkpoint, *task, "-q")
+    assert status == 0
+    assert " K │" in shown.out
+    assert "of the fresh gradients' energy" in shown.out
+    manifest = folder / "subspace.json"
+    manifest.write_text(manifest.read_text().replace('"rank": "half"', '"rank": "full"'))
+    status, shown = spd_command(capsys, "verify", folder)
+    assert (status, "DIFFERS" in shown.out) == (1, True)
+    status, shown = spd_command(capsys, "drift", folder, "-m", checkpoint, *task)
+    assert (status, "altered" in shown.err) == (2, True)
+
+
+def test_spans_are_shown_without_the_weights(made_records, checkpoint, tmp_path, capsys):
+    arguments = ["spans", "-m", checkpoint, "-t", "gsm8k", "--data", made_records]
+    status, shown = spd_command(capsys, *arguments, "--preview", "--show", 1)
+    assert status == 0
+    assert "24 examples" in shown.out
+    assert spd_command(capsys, *arguments, "--no-preview", "--rule", "regex:= (\\d+)")[0] == 0
+    assert spd_command(capsys, *arguments, "--html", tmp_path / "spans.html")[0] == 0
+    assert "<script" not in (tmp_path / "spans.html").read_text()
+    status, shown = spd_command(capsys, *arguments, "--rule", "anser")
+    assert (status, "did you mean 'answer'" in shown.err) == (2, True)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import spd
+from spd.provenance import weights_fingerprint
+from spd.record import example_hashes
 from spd.subspace import choose_rank
 
 
@@ -30,7 +32,9 @@ def test_round_trip(subspace, model, tmp_path):
     assert len(list((tmp_path / "s").iterdir())) == 2
 
 
-def test_provenance_says_where_it_came_from(subspace, examples):
+def test_provenance_says_where_it_came_from(subspace, model, examples):
+    assert subspace.provenance["weights"] == weights_fingerprint(model)
+    assert subspace.provenance["example_sha256"] == example_hashes(examples)
     assert subspace.provenance["examples"] == len(examples)
     assert subspace.provenance["settings"]["rank"] == "half"
     assert {"model", "config_sha256", "examples_sha256", "versions", "rows"} <= set(subspace.provenance)
