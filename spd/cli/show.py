@@ -104,13 +104,13 @@ def spans(
             show_default="the task's own spans",
         ),
     ] = None,
-    preview: Annotated[bool, typer.Option(help="Show the text, coloured; without it only count.")] = True,
+    preview: Annotated[bool, typer.Option("--preview", help="Show the text, coloured; else only count.")] = False,
     show: Annotated[int, typer.Option(min=1, help="How many examples to show; all are counted.")] = 4,
     examples: Annotated[
         int | None, typer.Option(min=1, help="Calibration examples.", show_default="the task's")
     ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 256,
-    html: Annotated[Path | None, typer.Option(help="Write a page with all of them in place of printing.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with all of them.")] = None,
     prompts_as: PromptsAs = "plain",
     data: Data = None,
 ) -> None:
@@ -127,13 +127,13 @@ def spans(
     marked = calibration_by_rule(chosen, rule) if rule else chosen.calibration()
     marked = marked[: chosen.calibration_size if examples is None else examples]
     previews = preview_of(tokenizer, marked, max_length=min(max_length, limit or max_length))
-    if not preview:
-        typer.echo(count_line(previews))
-    elif html:
+    if html:
         write_text(html, preview_html(previews, title=f"{chosen.name}: what counts"))
         typer.echo(html)
-    else:
+    if preview:
         print_preview(previews, show=show, console=wide_console())
+    elif not html:
+        typer.echo(count_line(previews))
 
 
 @app.command()

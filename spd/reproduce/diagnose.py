@@ -124,7 +124,5 @@ def _fitting(stages: Stages, texts: list[str]) -> tuple[list[str], int]:
     """The texts that the model can score, and how many are too long for it, or a single token."""
     limit = position_limit(stages.model)
     lengths = [len(tokens) for tokens in stages.tokenizer(texts)["input_ids"]]
-    fitting = [
-        text for text, n in zip(texts, lengths, strict=True) if n > 1 and (limit is None or n <= limit)
-    ]
+    fitting = [text for text, n in zip(texts, lengths, strict=True) if n > 1 and (limit is None or n <= limit)]
     return fitting, len(texts) - len(fitting)

@@ -2,6 +2,7 @@
 
 OUT/
   config.json, environment.json
+  identity.json              the model's weights and the tasks' records that all of it was made with
   shared/                    what does not depend on the seed, as `spd.stages` keeps it
   seed-N/                    the rest, and CAPABILITY/diagnostics.json
   results.json, tables.md, report.html, figures/
@@ -9,29 +10,32 @@ OUT/
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spd.arms import ARMS, parse_arm
+from spd.arms import ARMS, Projection, parse_arm
 from spd.errors import InputError
 from spd.evaluation import Evaluation, check_consent
-from spd.files import read_json, read_jsonl, write_json
-from spd.models import load_model
+from spd.files import read_json, read_jsonl, sha256, write_json
+from spd.models import load_model, load_tokenizer
 from spd.progress import bar
-from spd.reproduce.diagnose import DIAGNOSTICS, diagnose, joined
+from spd.provenance import weights_fingerprint
+from spd.reproduce.diagnose import DIAGNOSTICS, diagnose, joined, neutral_passages
 from spd.reproduce.settings import ReproduceSettings, parse_settings
 from spd.reproduce.tables import TABLES, Cell, Layout, Table
 from spd.run import owned, record_environment
 from spd.stages import Stages
+from spd.subspace import MANIFEST
 from spd.tasks import load_task
 
 POLL_SECONDS = 0.5
@@ -62,6 +66,7 @@ class Place:
 
     settings: ReproduceSettings
     out: Path
+    tests: tuple[str, ...]
     run_generated_code: bool
     progress: bool
     threads: int | None
@@ -73,7 +78,6 @@ class _Worker:
 
     place: Place
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
-    stages: dict[int, Stages] = field(default_factory=dict)
 
 
 def reproduce(
@@ -103,7 +107,8 @@ def reproduce(
         The path of the tables in Markdown.
 
     Raises:
-        InputError: an unknown table, a folder of other settings, or what a stage refuses.
+        InputError: an unknown table, a folder of other settings, or of other weights or records where something is
+            left to do in it, or what a stage refuses.
     """
     from spd.reproduce.report import write_report
 
@@ -113,12 +118,15 @@ def reproduce(
     if workers < 1:
         raise InputError(f"workers: expected at least 1, got {workers}")
     out = Path(out)
-    tests = [test for domain in settings.suite_domains for test in (domain.inside, domain.outside)]
+    tests = _tests(settings, tables)
     check_consent([load_task(name, settings.data) for name in tests], run_generated_code)
+    _check_prompts(settings, tests)
+    if settings.diagnostics.texts:
+        neutral_passages(settings)
     layout = layout_of(settings)
     cells = cells_of([TABLES[name] for name in tables], layout)
     with owned(out, settings.as_dict(), lambda stored: parse_settings(stored).as_dict()):
-        place = Place(settings, out, run_generated_code, progress and workers == 1, _threads(workers))
+        place = Place(settings, out, tests, run_generated_code, progress and workers == 1, _threads(workers))
         for title, jobs in (
             ("what all seeds share", _shared_jobs(settings, cells)),
             ("every seed", _seed_jobs(settings, cells)),
@@ -135,10 +143,13 @@ def reproduce(
                 "default_examples": dict(layout.default_examples),
                 "available_examples": dict(layout.available_examples),
                 "learning_rate": layout.learning_rate,
+                "rank": layout.rank,
+                "layers": layout.layers,
             },
             "tables": finished,
             "cells": [_collected(cell, settings, out) for cell in in_them],
             "diagnostics": _diagnosed(settings, layout, out),
+            "prompts": _prompts(settings, out),
         }
         write_json(out / "results.json", collected)
         say("report")
@@ -150,7 +161,23 @@ def layout_of(settings: ReproduceSettings) -> Layout:
     tasks = {domain.capability: load_task(domain.capability, settings.data) for domain in settings.suite_domains}
     default = {name: settings.calibration.examples or task.calibration_size for name, task in tasks.items()}
     available = {name: len(task.calibration()) for name, task in tasks.items()}
-    return Layout(settings.suite_domains, default, available, settings.training.learning_rate)
+    rank, layers = settings.calibration.rank, settings.calibration.layers
+    return Layout(settings.suite_domains, default, available, settings.training.learning_rate, rank, layers)
+
+
+def _tests(settings: ReproduceSettings, tables: Iterable[str]) -> tuple[str, ...]:
+    """What the tables' columns test, which no records have to be read for."""
+    bare = Layout(settings.suite_domains, {}, {})
+    return tuple(dict.fromkeys(column.test for name in tables for column in bare.columns(TABLES[name])))
+
+
+def _check_prompts(settings: ReproduceSettings, tests: Sequence[str]) -> None:
+    """Refuse tasks that cannot be asked in the settings' way before any work."""
+    if settings.prompts == "plain":
+        return
+    tokenizer = load_tokenizer(settings.model)[0] if settings.prompts == "chat" else None
+    for name in dict.fromkeys([*tests, *(domain.capability for domain in settings.suite_domains)]):
+        load_task(name, settings.data, prompts=settings.prompts, tokenizer=tokenizer)
 
 
 def cells_of(tables: Iterable[Table], layout: Layout) -> list[Cell]:
@@ -173,20 +200,29 @@ def outcome_file(stages_of: Path, shared: Path, cell: Cell) -> Path:
     return root / (cell.capability or "base") / "outcomes" / arm.slug / f"{cell.test}.json"
 
 
+def subspace_folder(shared: Path, capability: str, projection: Projection) -> Path:
+    """Where `spd.stages` keeps a subspace that does not depend on the seed."""
+    slug = replace(projection, sides=None, source=None).slug
+    root = shared / (projection.source or capability)
+    return root / "subspaces" / slug if slug else root / "subspace"
+
+
 def _shared_jobs(settings: ReproduceSettings, cells: Sequence[Cell]) -> list[Job]:
-    """The base on every test, and the subspaces that jobs of another capability take."""
+    """The base on every test, and the subspaces that several jobs take, each made by one job alone."""
     seed = settings.seeds[0]
     jobs = []
     for domain in settings.suite_domains:
-        arms = [parse_arm(cell.arm) for cell in cells if cell.capability is not None]
-        taken = {arm.name for arm in arms if arm.projection and arm.projection.source == domain.capability}
-        own = {cell.arm for cell in cells if cell.capability == domain.capability and parse_arm(cell.arm).projection}
+        subspaces = set()
+        for cell in cells:
+            projection = parse_arm(cell.arm).projection
+            if projection and not projection.drawn and domain.capability == (projection.source or cell.capability):
+                subspaces.add(cell.arm)
         base = tuple(
             cell
             for cell in cells
             if cell.capability is None and cell.test in (domain.inside, domain.outside, domain.steering)
         )
-        jobs.append(Job(seed, domain.capability, base, subspaces=tuple(sorted(taken | own))))
+        jobs.append(Job(seed, domain.capability, base, subspaces=tuple(sorted(subspaces))))
     return jobs
 
 
@@ -211,7 +247,12 @@ def _seeded(cell: Cell) -> bool:
 def _carry_out(jobs: Sequence[Job], place: Place, workers: int, progress: bool) -> None:
     """Do the jobs, in this process or in others; the bar counts the outcomes on disk."""
     wanted = {_outcome_of(job, cell, place.out) for job in jobs for cell in job.cells}
-    if all(path.is_file() for path in wanted) and not any(_undiagnosed(job, place.out) for job in jobs):
+    left = (
+        not all(path.is_file() for path in wanted)
+        or any(_undiagnosed(job, place.out) for job in jobs)
+        or any(_without_subspace(job, place.out) for job in jobs)
+    )
+    if not left:
         return
     if workers == 1:
         worker = _Worker(place)
@@ -264,11 +305,9 @@ def _do(worker: _Worker, job: Job) -> None:
             stages = _stages(worker, job)
         return stages
 
-    for name in job.subspaces:
-        arm = parse_arm(name)
-        assert arm.projection is not None and job.capability is not None
-        if not arm.projection.drawn:
-            opened().subspace(job.capability, arm.projection)
+    for projection in _without_subspace(job, place.out):
+        assert job.capability is not None
+        opened().subspace(job.capability, projection)
     for cell in job.cells:
         path = _outcome_of(job, cell, place.out)
         if path.is_file():
@@ -284,11 +323,12 @@ def _do(worker: _Worker, job: Job) -> None:
 
 def _stages(worker: _Worker, job: Job) -> Stages:
     place = worker.place
+    first = worker.loaded is None
     if worker.loaded is None:
         worker.loaded = load_model(place.settings.model, dtype=place.settings.dtype, device=place.settings.device)
         record_environment(place.out, worker.loaded[0])
     folder = place.out / f"seed-{job.seed}"
-    return Stages(
+    stages = Stages(
         place.settings.run_config(job.seed),
         folder,
         *worker.loaded,
@@ -297,6 +337,39 @@ def _stages(worker: _Worker, job: Job) -> Stages:
         run_generated_code=place.run_generated_code,
         progress=place.progress,
     )
+    if first:
+        _check_identity(place, stages)
+    return stages
+
+
+def _check_identity(place: Place, stages: Stages) -> None:
+    """Refuse to go on with other weights or records than what is there was made with; keep what these are.
+
+    Further tables may bring tests that the folder does not know yet.
+    """
+    found = {
+        "weights": weights_fingerprint(stages.model),
+        "dtype": str(stages.model.dtype).removeprefix("torch."),
+        "device": stages.model.device.type,
+    }
+    for domain in place.settings.suite_domains:
+        task = stages.task(domain.capability)
+        found[f"calibration of {domain.capability}"] = _hash([example.prompt for example in task.calibration()])
+        found[f"training prompts of {domain.capability}"] = _hash(task.training_prompts())
+    for name in place.tests:
+        questions = [[question.prompt, question.reference] for question in stages.task(name).test()]
+        found[f"questions of {name}"] = _hash(questions)
+    path = place.out / "identity.json"
+    known = read_json(path) if path.is_file() else {}
+    if changed := [name for name, value in found.items() if known.get(name, value) != value]:
+        raise InputError(
+            f"out: {place.out} was begun with other {', '.join(changed)}; expected the same as then, or a new folder"
+        )
+    write_json(path, known | found)
+
+
+def _hash(values: Sequence[Any]) -> str:
+    return sha256(json.dumps(values, ensure_ascii=False))
 
 
 def _outcome(evaluation: Evaluation, base: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -323,6 +396,17 @@ def _outcome_of(job: Job, cell: Cell, out: Path) -> Path:
     return outcome_file(out / f"seed-{job.seed}", out / "shared", cell)
 
 
+def _without_subspace(job: Job, out: Path) -> list[Projection]:
+    """Projections whose shared subspaces the job is still to make."""
+    assert job.capability is not None or not job.subspaces
+    projections = [parse_arm(name).projection for name in job.subspaces]
+    return [
+        projection
+        for projection in projections
+        if projection and not (subspace_folder(out / "shared", job.capability or "", projection) / MANIFEST).is_file()
+    ]
+
+
 def _undiagnosed(job: Job, out: Path) -> set[str]:
     """Arms that the folder's diagnostics lack. Those that only sweep the learning rate take part in none."""
     if not job.diagnosed:
@@ -344,6 +428,14 @@ def _diagnosed(settings: ReproduceSettings, layout: Layout, out: Path) -> dict[s
         if path.is_file():
             found[domain.capability] = read_json(path)
     return found
+
+
+def _prompts(settings: ReproduceSettings, out: Path) -> dict[str, Any]:
+    """By capability, how many training prompts there were and which had no room; the same for every seed."""
+    paths = {
+        d.capability: out / f"seed-{settings.seeds[0]}" / d.capability / "prompts.json" for d in settings.suite_domains
+    }
+    return {capability: read_json(path) for capability, path in paths.items() if path.is_file()}
 
 
 def _threads(workers: int) -> int | None:

@@ -15,6 +15,7 @@ from spd.reproduce import figures
 from spd.reproduce.findings import conclude, negative_transfer, off_target
 from spd.reproduce.sections import (
     ARRANGED,
+    CHOSEN,
     HOW_TO_READ,
     PUBLISHED_FOR,
     Section,
@@ -79,9 +80,9 @@ def write_report(out: str | Path) -> Path:
     page = {
         "title": f"{TITLE} on {settings.model}",
         "conclusion": conclusion,
-        "facts": facts(settings, layout, environments),
+        "facts": facts(settings, layout, environments, results.get("prompts", {}), diagnostics),
         "command": results.get("command"),
-        "guide": [PUBLISHED_FOR[settings.suite] + ARRANGED, *HOW_TO_READ],
+        "guide": [PUBLISHED_FOR[settings.suite] + ARRANGED + CHOSEN[settings.suite], *HOW_TO_READ],
         "arms": arm_meanings(summaries),
         "sections": [*(table_section(summary, settings.suite) for summary in summaries), *filter(None, optional)],
     }
@@ -161,7 +162,7 @@ def _entry_data(entry: Entry | None) -> dict[str, Any] | None:
         **asdict(entry.cell),
         "metric": outcomes.metric,
         "value": outcomes.value,
-        "interval_95": list(outcomes.interval),
+        "interval_95": None if outcomes.metric == "nll" and outcomes.n < 2 else list(outcomes.interval),
         "n": outcomes.n,
         "seeds": outcomes.seeds,
         "too_long": outcomes.too_long,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spd.arms import ARMS, parse_arm, without
+from spd.arms import ARMS, SSD, parse_arm, without
 from spd.diagnostics import Change
 from spd.reproduce.findings import OffTarget, holm_text, metric_of, p_text, points, signed
 from spd.reproduce.settings import ReproduceSettings
@@ -14,6 +14,8 @@ from spd.reproduce.summary import ALPHA, Entry, Outcomes, Summary
 from spd.reproduce.tables import PUBLISHED_TEST, Cell, Column, Domain, Layout, Row
 
 MISSING = "–"
+SHOWN = 10
+"""Numbers of questions that a note lists."""
 PUBLISHED_FOR = {
     "paper": "Published numbers (arXiv 2605.22675) are those of Qwen2.5-0.5B-Instruct: compare them with a run on that "
     "model, and with no other. ",
@@ -24,6 +26,13 @@ ARRANGED = (
     "The paper's captions and the values of its sweeps could not be looked up: which published number stands in which "
     "table is this project's arrangement."
 )
+CHOSEN = {
+    "paper": " The wording of the prompts, which six of BBH's sub-tasks and which 200 of MMLU's questions are asked, "
+    f"and how SSD samples (temperature {SSD.temperature:g}, top-k {SSD.top_k}, top-p {SSD.top_p:g}) are this "
+    "project's choice too: a difference from a published number may come from them.",
+    "proving-ground": f" How SSD samples (temperature {SSD.temperature:g}, top-k {SSD.top_k}, top-p {SSD.top_p:g}) is "
+    "this project's choice.",
+}
 HOW_TO_READ = (
     "Accuracy in % [95 % Wilson interval], greedy decoding; NLL in nats a token [95 % interval, Student's t], lower is "
     "better. Seeds answer the same questions: a value is their mean, n counts questions, and the interval is that of n "
@@ -37,10 +46,10 @@ HOW_TO_READ = (
 )
 SHIFT_TEXT = (
     "How far projection moves what the model writes, and how much of that is left in the tuned model without it: KL "
-    "divergences in thousandths of a nat a token [95 % interval over texts], exact over the vocabulary, on completions "
-    "that the projected policy wrote. Kept: 1 − KL(projected ‖ tuned) / KL(projected ‖ base), 100 % if the tuned model "
-    "is the projected policy, 0 if it is as far from it as the base is, below 0 if farther; – where projection moves "
-    "nothing."
+    "divergences in thousandths of a nat a token [95 % percentile bootstrap interval over texts], exact over the "
+    "vocabulary, on completions that the projected policy wrote. Kept: 1 − KL(projected ‖ tuned) / KL(projected ‖ "
+    "base), 100 % if the tuned model is the projected policy, 0 if it is as far from it as the base is, below 0 if "
+    "farther; – where projection moves nothing."
 )
 PERPLEXITY_TEXT = (
     "Perplexity on neutral text that no arm was made for, and by how many per cent it is above the base's on the same "
@@ -99,15 +108,31 @@ class Section:
 
 
 def facts(
-    settings: ReproduceSettings, layout: Layout, environments: Sequence[Mapping[str, Any]]
+    settings: ReproduceSettings,
+    layout: Layout,
+    environments: Sequence[Mapping[str, Any]],
+    prompts_of: Mapping[str, Mapping[str, Any]],
+    diagnostics: Mapping[str, Mapping[str, Any]],
 ) -> list[tuple[str, str]]:
-    """What the numbers were made with, each with its name."""
+    """What the numbers were made with, each with its name.
+
+    Args:
+        settings, layout, environments: of the experiment.
+        prompts_of: by capability, how many training prompts there were, and which the model had no room for.
+        diagnostics: as `spd.reproduce.diagnose` returned them, by capability.
+    """
     generation, training, calibration = settings.generation, settings.training, settings.calibration
     sizes = {f"{each['parameters'] / 1e6:,.1f} M parameters, {each['dtype']}": None for each in environments}
     examples = ", ".join(f"{layout.default_examples[d.capability]} of {d.capability}" for d in layout.domains)
     layers = calibration.layers if isinstance(calibration.layers, str) else ", ".join(map(str, calibration.layers))
     prompts = f"the first {generation.prompts}" if generation.prompts else "all"
     limit = settings.evaluation.questions
+    dropped = [
+        f"{len(each['too_long'])} of {each['prompts']} of {capability}"
+        for capability, each in prompts_of.items()
+        if each["too_long"]
+    ]
+    without_room = f"; left out, since the model has no room for them: {', '.join(dropped)}" if dropped else ""
     devices = [
         ("device", f"{each['device']}; " + ", ".join(f"{name} {which}" for name, which in each["versions"].items()))
         for each in environments
@@ -121,7 +146,7 @@ def facts(
         (
             "completions",
             f"of {prompts} training prompts of a capability, one each, temperature {generation.temperature:g}, "
-            f"top-p {generation.top_p:g}",
+            f"top-p {generation.top_p:g}{without_room}",
         ),
         (
             "training",
@@ -135,7 +160,14 @@ def facts(
             else "as many questions of each as its task asks by default",
         ),
         ("diagnostics", f"seed {settings.seeds[0]}"),
+        *([("neutral text", _neutral(settings, diagnostics))] if settings.diagnostics.texts else []),
     ]
+
+
+def _neutral(settings: ReproduceSettings, diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
+    source = settings.neutral or "generated, the filler of the proving ground's pretraining"
+    left_out = max((each.get("neutral", {}).get("left_out", 0) for each in diagnostics.values()), default=0)
+    return f"{source}; {left_out} left out, too long for the model or of a single token" if left_out else source
 
 
 def table_section(summary: Summary, suite: str) -> Section:
@@ -350,6 +382,8 @@ def _outcomes_cell(outcomes: Outcomes | None) -> Shown:
     low, high = outcomes.interval
     parse = () if outcomes.parse_rate is None else (f"{outcomes.parse_rate:.0f} % parse",)
     interval = f"[{low:.3f}, {high:.3f}]" if outcomes.metric == "nll" else f"[{low:.0f}, {high:.0f}]"
+    if outcomes.metric == "nll" and outcomes.n < 2:
+        interval = ""
     return Shown(value_text(outcomes.value, outcomes.metric), interval, parse)
 
 
@@ -385,9 +419,11 @@ def _contrasts(summary: Summary) -> list[str]:
 def _left_out(summary: Summary) -> list[str]:
     left_out = []
     for index, column in enumerate(summary.columns):
-        long = max((entry.outcomes.too_long for line in summary.entries if (entry := line[index])), default=0)
-        if long:
-            left_out.append(f"{long} of {column.test}")
+        of_arms = [entry.outcomes for line in summary.entries if (entry := line[index])]
+        most = max(of_arms, key=lambda outcomes: outcomes.too_long, default=None)
+        if most and most.too_long:
+            numbers = ", ".join(map(str, most.left_out[:SHOWN])) + (", ..." if len(most.left_out) > SHOWN else "")
+            left_out.append(f"{most.too_long} of {column.test} (questions {numbers}, counted from 0)")
     return [f"Left out, since they are too long for the model: {', '.join(left_out)}."] if left_out else []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -24,6 +24,7 @@ class Outcomes:
         nlls: for every seed, the NLL a token of every reference.
         changed: share of the answers that read otherwise than the base's, over seeds.
         too_long: questions left out.
+        left_out: their numbers.
     """
 
     metric: str
@@ -31,6 +32,7 @@ class Outcomes:
     nlls: list[list[float]]
     changed: float
     too_long: int
+    left_out: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, outcomes: Sequence[Mapping[str, Any]]) -> Outcomes:
@@ -41,6 +43,7 @@ class Outcomes:
             [each["nll"] for each in outcomes],
             fmean(each["changed"] for each in outcomes),
             len(outcomes[0]["too_long"]),
+            tuple(outcomes[0]["too_long"]),
         )
 
     @property
@@ -63,7 +66,12 @@ class Outcomes:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %. Seeds answer the same questions, so they do not make the interval over questions narrower."""
+        """95 %. Seeds answer the same questions, so they do not make the interval over questions narrower.
+
+        The NLL of a single text has none: both ends are the value itself.
+        """
+        if self.metric == "nll" and self.n < 2:
+            return self.value, self.value
         if self.metric == "nll":
             _, low, high = mean_interval([fmean(text) for text in zip(*self.nlls, strict=True)])
             return low, high
@@ -95,7 +103,7 @@ def paired_p(arm: Outcomes, other: Outcomes) -> float:
     """
     if arm.metric == "nll":
         mine, theirs = ([fmean(text) for text in zip(*each.nlls, strict=True)] for each in (arm, other))
-        return paired_mean_test([b - a for a, b in zip(mine, theirs, strict=True)])
+        return paired_mean_test([b - a for a, b in zip(mine, theirs, strict=True)]) if len(mine) > 1 else 1.0
     if other.seeds == 1:
         return paired_test(changes(other.correct[0], arm.correct))
     if arm.seeds == 1:
@@ -145,13 +153,22 @@ class Summary:
     contrasts: list[Contrast]
 
 
+def _reference(against: str, labels: Sequence[str]) -> str:
+    """The row of comparison; where it is missing, the one of the nearest number, or else the first."""
+    numbers = [label for label in labels if label.isdecimal()]
+    if against in labels or not (numbers and against.isdecimal()):
+        return against if against in labels else labels[0]
+    return min(numbers, key=lambda label: abs(int(label) - int(against)))
+
+
 def summarise(table: Table, layout: Layout, outcomes: Mapping[Cell, Outcomes]) -> Summary:
     """The entries of one table."""
     columns = layout.columns(table)
     filled = [(row, [layout.cell(row, column) for column in columns]) for row in layout.rows(table)]
-    filled = [(row, line) for row, line in filled if any(line)]  # what the records are too few for is no row
+    filled = [each for each in filled if any(each[1])] or filled  # what the records are too few for is no row
     rows, cells = [row for row, _ in filled], [line for _, line in filled]
     labels = [row.label for row in rows]
+    table = replace(table, against=_reference(table.against, labels))
     reference = cells[labels.index(table.against)]
 
     compared: dict[tuple[int, int], float] = {}

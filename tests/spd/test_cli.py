@@ -13,10 +13,14 @@ from safetensors import SafetensorError
 
 from spd.cli import app, main
 from spd.cli.output import print_scores
+from spd.errors import InputError
 from spd.evaluation import Answer, Evaluation
 from spd.run import Score
 
-COMMANDS = ["run", "calibrate", "generate", "distill", "evaluate", "inspect", "plan", "long-context", "demo"]
+COMMANDS = [
+    *("run", "calibrate", "generate", "distill", "evaluate", "inspect", "plan", "long-context", "demo"),
+    *("reproduce", "spans", "export", "verify", "drift"),
+]
 
 
 @dataclass
@@ -222,40 +226,44 @@ def test_no_score_is_cut_off(count, terminal, tables, tmp_path, monkeypatch, cap
     assert max(map(len, table.splitlines())) <= 80 or not terminal
 
 
-def spd_command(capsys, *arguments):
-    """Status and standard output of a command."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr("sys.argv", ["spd", *map(str, arguments)])
-        main()
-    return end.value.code, capsys.readouterr()
-
-
-def test_a_subspace_is_verified_and_its_drift_told(checkpoint, made_records, tmp_path, capsys):
+def test_a_subspace_is_verified_and_its_drift_told(checkpoint, made_records, tmp_path, spd):
     task = ["-t", "gsm8k", "--data", made_records]
     folder = tmp_path / "subspace"
-    assert spd_command(capsys, "calibrate", "-m", checkpoint, *task, "--examples", 8, "--out", folder, "-q")[0] == 0
-    status, shown = spd_command(capsys, "verify", folder, "-m", checkpoint, *task, "--whole")
-    assert (status, "0 differ" in shown.out) == (0, True)
-    assert "unchecked" not in shown.out
-    status, shown = spd_command(capsys, "drift", folder, "-m", checkpoint, *task, "-q")
-    assert status == 0
-    assert " K │" in shown.out
-    assert "of the fresh gradients' energy" in shown.out
+    assert spd("calibrate", "-m", checkpoint, *task, "--examples", 8, "--out", folder, "-q").returncode == 0
+    shown = spd("verify", folder, "-m", checkpoint, *task, "--whole")
+    assert (shown.returncode, "0 differ" in shown.stdout) == (0, True)
+    assert "unchecked" not in shown.stdout
+    shown = spd("drift", folder, "-m", checkpoint, *task, "-q")
+    assert shown.returncode == 0
+    assert " K │" in shown.stdout
+    assert "of the fresh gradients' energy" in shown.stdout
     manifest = folder / "subspace.json"
     manifest.write_text(manifest.read_text().replace('"rank": "half"', '"rank": "full"'))
-    status, shown = spd_command(capsys, "verify", folder)
-    assert (status, "DIFFERS" in shown.out) == (1, True)
-    status, shown = spd_command(capsys, "drift", folder, "-m", checkpoint, *task)
-    assert (status, "altered" in shown.err) == (2, True)
+    shown = spd("verify", folder)
+    assert (shown.returncode, "DIFFERS" in shown.stdout) == (1, True)
+    shown = spd("drift", folder, "-m", checkpoint, *task)
+    assert (shown.returncode, "altered" in shown.stderr) == (2, True)
 
 
-def test_spans_are_shown_without_the_weights(made_records, checkpoint, tmp_path, capsys):
+def test_spans_are_shown_without_the_weights(made_records, checkpoint, tmp_path, spd):
     arguments = ["spans", "-m", checkpoint, "-t", "gsm8k", "--data", made_records]
-    status, shown = spd_command(capsys, *arguments, "--preview", "--show", 1)
-    assert status == 0
-    assert "24 examples" in shown.out
-    assert spd_command(capsys, *arguments, "--no-preview", "--rule", "regex:= (\\d+)")[0] == 0
-    assert spd_command(capsys, *arguments, "--html", tmp_path / "spans.html")[0] == 0
+    shown = spd(*arguments, "--preview", "--show", 1)
+    assert shown.returncode == 0
+    assert "24 examples" in shown.stdout
+    assert spd(*arguments, "--rule", "regex:= (\\d+)").returncode == 0
+    assert spd(*arguments, "--html", tmp_path / "spans.html").returncode == 0
     assert "<script" not in (tmp_path / "spans.html").read_text()
-    status, shown = spd_command(capsys, *arguments, "--rule", "anser")
-    assert (status, "did you mean 'answer'" in shown.err) == (2, True)
+    shown = spd(*arguments, "--rule", "anser")
+    assert (shown.returncode, "did you mean 'answer'" in shown.stderr) == (2, True)
+
+
+def test_the_demo_finds_its_configuration(spd, monkeypatch, tmp_path):
+    seen = []
+
+    def stop(settings, out, **_):
+        seen.append(settings)
+        raise InputError("seen")
+
+    monkeypatch.setattr("spd.run.run", stop)
+    assert spd("demo", "--out", tmp_path).returncode == 2
+    assert seen[0].model == "proving-ground"

@@ -20,7 +20,7 @@ from spd.diagnostics import (
     overlap,
     regressions,
 )
-from spd.stats import holm, mcnemar, mean_interval, paired_mean_test
+from spd.stats import holm, mcnemar, mean_interval, paired_mean_test, ratio_interval
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,23 @@ def test_a_full_subspace_shifts_nothing_that_could_be_kept(made, tokenizer, exam
     assert found.projected_base == pytest.approx((0, 0, 0), abs=1e-9)
     assert found.kept is None
     assert found.projected_tuned[0] > 1e-3
+
+
+def test_a_blend_reaches_the_attachment(made, shift, tokenizer):
+    model, subspace, generations, adapters = made
+    found = distribution_shift(model, tokenizer, subspace, adapters["moved"], generations, a=1.0, b=0.0, progress=False)
+    assert found.projected_base == pytest.approx((0, 0, 0), abs=1e-9)
+    assert found.tuned_base == pytest.approx(shift.tuned_base, rel=1e-6)
+
+
+def test_the_interval_of_a_divergence_stays_above_zero():
+    """One heavy text among ten: Student's interval reaches below zero, the bootstrap's does not."""
+    sums, tokens = [0.01] * 9 + [5.0], [10] * 10
+    middle, low, high = diagnostics._bootstrapped(sums, tokens)
+    assert middle == pytest.approx(0.0509)
+    assert low == pytest.approx(0.001)
+    assert middle < high < 0.5
+    assert ratio_interval(sums, tokens)[1] < 0
 
 
 def test_a_policy_that_is_the_tuned_model_keeps_all(made, tokenizer, monkeypatch):

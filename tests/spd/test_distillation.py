@@ -258,3 +258,14 @@ def test_bad_input_is_refused(model, tokenizer, generations, tmp_path):
     with pytest.raises(spd.InputError, match="'published'"):
         train(model, tokenizer, generations, tmp_path / "adapter", "published")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_cut_is_counted(model, tokenizer, generations, tmp_path):
+    recipe = spd.Recipe(epochs=1, max_length=40)
+    long = sum(len(tokenizer(g.prompt + g.completion)["input_ids"]) + g.finished > 40 for g in generations)
+    assert long
+    with pytest.warns(
+        UserWarning, match=rf"distill: {long} of {len(generations)} texts are longer than max_length = 40"
+    ):
+        out = train(model, tokenizer, generations, tmp_path / "a", recipe)
+    assert json.loads((out / "training.json").read_text())["cut"] == long

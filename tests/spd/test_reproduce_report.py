@@ -224,7 +224,7 @@ def test_nll_has_its_own_digits_unit_and_parse_rate(tmp_path: Path) -> None:
     assert table["base"][:2] == ["0.695 [0.658, 0.732] 75 % parse", "0.683"]
     assert table["spd"][0].startswith("**0.674** [0.637, 0.711] p < .001, Holm < .001, 90 % parse")
     assert "spd against ssd: codealpaca 0.000 nats, p 1." in markdown
-    assert "too long for the model: 2 of codealpaca." in markdown
+    assert "too long for the model: 2 of codealpaca (questions 3, 5, counted from 0)." in markdown
     assert data["tables"][0]["rows"][3]["entries"][0]["difference"] == pytest.approx(0.021, abs=1e-3)
 
 
@@ -233,10 +233,39 @@ def test_what_is_missing_is_a_dash(tmp_path: Path) -> None:
     markdown, data, _ = written(tmp_path, results)
     table = rows_of(markdown, "How many calibration examples (table calibration-size)")
     assert table["calibration examples"] == ["words, n = 40", "changed, %"]
-    assert table["100"] == table["500"] == ["–", "–"]
+    assert "100" not in table and "500" not in table, "what the records are too few for is no row"
     assert table["20"][0].startswith("60.0 [") and table["50"] == ["60.0 [45, 74]", "75.0"]
     size = next(table for table in data["tables"] if table["table"] == "calibration-size")
-    assert [row["entries"] == [None] for row in size["rows"]] == [False] * 3 + [True] * 3
+    assert [row["entries"] == [None] for row in size["rows"]] == [False] * 3
+
+
+def test_too_few_examples_for_the_row_of_comparison(tmp_path: Path) -> None:
+    results = made(settings_of(), ["calibration-size"], steady(20, 24), layout=layout_for(settings_of(), 30))
+    markdown, data, _ = written(tmp_path, results)
+    assert "Compared with: 20." in markdown
+    assert [row["label"] for row in data["tables"][0]["rows"]] == ["10", "20"]
+
+
+def test_the_text_says_what_was_left_out_and_chosen(tmp_path: Path) -> None:
+    results = made(settings_of("paper"), ["1"], steady(20, 24), too_long=range(12))
+    results |= {"prompts": {"gsm8k": {"prompts": 7473, "too_long": [4, 9]}}}
+    results |= {"diagnostics": {"gsm8k": diagnosed(["spd"]) | {"neutral": {"left_out": 3}}}}
+    markdown, _, page = written(tmp_path, results)
+    for said in (
+        "no room for them: 2 of 7473 of gsm8k",
+        "12 of gsm8k (questions 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ..., counted from 0)",
+        "top-k 20, top-p 0.8) are this project",
+        "pretraining; 3 left out",
+    ):
+        assert said in markdown and said in page.replace("&#39;", "'")
+
+
+def test_the_nll_of_one_question_has_no_interval(tmp_path: Path) -> None:
+    results = made(settings_of("paper", ["code"]), ["2"], steady(1, 1, n=1), nll=lambda cell, seed: [0.7])
+    markdown, data, _ = written(tmp_path, results)
+    assert rows_of(markdown, "Out of domain (table 2)")["base"][0].startswith("0.700 100 % parse")
+    entry = data["tables"][0]["rows"][3]["entries"][0]
+    assert (entry["interval_95"], entry["p"]) == (None, 1)
 
 
 def test_a_test_without_any_entry(tmp_path: Path) -> None:

@@ -224,3 +224,10 @@ def test_a_run_on_the_real_records(records, make_model, tokenizer, tmp_path):
     assert [(score.arm, score.evaluation.n) for score in scores] == [(arm, 4) for arm in ARMS for _ in range(2)]
     provenance = json.loads((tmp_path / "run" / "gsm8k" / "subspace" / "subspace.json").read_text())["provenance"]
     assert (provenance["examples"], provenance["examples_without_span"]) == (8, [])
+
+
+def test_a_subspace_of_an_unknown_task_is_refused_at_once(checkpoint, made_records, tmp_path):
+    config = config_for(checkpoint, made_records, arms=["spd", "spd:from=gsmk8"])
+    with pytest.raises(spd.InputError, match="did you mean 'gsm8k'"):
+        run(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

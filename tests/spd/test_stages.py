@@ -50,7 +50,7 @@ def test_arms_that_write_the_same_share_it(stages):
     for arm in ("spd", "spd:sides=k", "spd:rank=2", "spd:rank=full", "self-training"):
         stages.evaluate("gsm8k", parse_arm(arm), ["gsm8k"])
     made = [line for line in said if line.startswith("calibrate")]
-    assert made == ["calibrate: gsm8k", "calibrate: gsm8k, rank=2", "calibrate: gsm8k, rank=full"]
+    assert made == ["calibrate: gsm8k", "calibrate: gsm8k, rank=full", "calibrate: gsm8k, rank=2"]
     folder = stages.folder / "gsm8k"
     assert sorted(path.name for path in (folder / "generations").glob("*[!s].jsonl")) == [
         *("plain.jsonl", "projected.jsonl", "rank=2.jsonl", "rank=full.jsonl", "sides=k.jsonl"),
@@ -158,3 +158,26 @@ def test_tasks_of_one_name_are_refused(checkpoint, made_records, tmp_path):
     assert stages.task(str(tmp_path / "a" / "mine")).name == "mine"
     with pytest.raises(spd.InputError, match="is called mine, and so is another task"):
         stages.task(str(tmp_path / "b" / "mine"))
+
+
+def test_rounds_in_half_precision_are_refused(stages):
+    adapter = stages.adapter("gsm8k", ARMS["self-training"], 1)
+    expected = pytest.raises(spd.InputError, match="bfloat16, in which an adapter's small updates vanish")
+    with expected, merged(stages.model.bfloat16(), adapter):
+        pass
+
+
+def test_every_round_draws_anew_and_the_first_as_ever(stages):
+    from spd.stages import _seed
+
+    assert _seed(42, 1) == 42
+    assert len({_seed(seed, round) for seed in (42, 43) for round in (1, 2, 3)}) == 6
+
+
+def test_a_subspace_from_elsewhere_stays_in_the_folder(stages, tmp_path):
+    own = tmp_path / "own" / "sums"
+    own.mkdir(parents=True)
+    record = {"prompt": "1 + 1 =", "completion": " 2", "spans": ["2"]}
+    (own / "train.jsonl").write_text("".join(json.dumps(record | {"prompt": f"{n} + 1 ="}) + "\n" for n in range(9)))
+    folder = stages.subspace_folder("gsm8k", parse_arm(f"spd:from={own}").projection)
+    assert folder == stages.folder / "sums" / "subspace"

@@ -14,7 +14,7 @@ from spd.tasks import DATA_SETS, task_names
 from spd.tasks.answers import find_brackets, find_letter, find_number, find_word, find_words
 from spd.tasks.bbh import PUBLISHED_NUMBER, SUBTASKS
 from spd.tasks.numeric import final_number, marked_span, same_number
-from spd.tasks.python_code import extract_code, parses
+from spd.tasks.python_code import extract_code, parses, runnable_code
 from spd.tasks.records import round_robin
 
 SUM = "def total(a, b):\n    return a + b"
@@ -694,3 +694,15 @@ def test_an_answer_of_svamp_is_text_or_a_number(answer, number, tmp_path):
         path.write_text(f'{{"Body": "b", "Question": "q?", "Equation": "e", "Answer": {wrong}}}\n')
         with pytest.raises(spd.InputError, match=r"Answer: expected str or int or float|does not end in '#### n'"):
             spd.load_task("svamp", tmp_path).calibration()
+
+
+@pytest.mark.parametrize(
+    ("completion", "code"),
+    [
+        ("def f(x):\n    return x\n\nThis function returns x.\nIt does.", "def f(x):\n    return x\n"),
+        ("def f(x):\n    return x", "def f(x):\n    return x"),
+        ("no code at all", "no code at all"),
+    ],
+)
+def test_prose_behind_code_is_not_run(completion, code):
+    assert runnable_code(completion).strip() == code.strip()
