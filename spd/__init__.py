@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spd.errors import InputError
     from spd.evaluation import Evaluation, evaluate
     from spd.example import Example
+    from spd.export import export_adapter, export_folded, export_merged
     from spd.generation import Generation, generate
     from spd.intervention.attach import Attachment, attach
     from spd.intervention.latent_cache import cache_bytes
@@ -50,6 +51,9 @@ _HOME = {
     "Evaluation": "spd.evaluation",
     "evaluate": "spd.evaluation",
     "Example": "spd.example",
+    "export_adapter": "spd.export",
+    "export_folded": "spd.export",
+    "export_merged": "spd.export",
     "Generation": "spd.generation",
     "generate": "spd.generation",
     "load_model": "spd.models",
@@ -91,6 +95,9 @@ __all__ = [
     "distill",
     "drift",
     "evaluate",
+    "export_adapter",
+    "export_folded",
+    "export_merged",
     "generate",
     "load_model",
     "load_task",

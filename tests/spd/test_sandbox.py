@@ -374,7 +374,8 @@ for pid in ({victim.pid}, os.getppid()):
         assert verdict.reason == "AssertionError: assert f() == 1"
         assert "hunter2" not in verdict.output
         assert victim.poll() is None
-        assert "(sleeping)" in (PROC / str(victim.pid) / "status").read_text()
+        status = (PROC / str(victim.pid) / "status").read_text()
+        assert "TracerPid:\t0" in status and "stop)" not in status and "(stopped)" not in status
     finally:
         victim.kill()
         victim.wait()
