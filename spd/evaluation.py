@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from spd.errors import InputError
 from spd.files import write_text
 from spd.generation import generate, without_room
-from spd.likelihood import completion_nll
+from spd.likelihood import completion_nll, some
 from spd.stats import mean_interval, wilson_interval
 from spd.tasks.base import Metric, Question, Task
 
@@ -155,7 +155,7 @@ def evaluate(
     if too_long:
         warnings.warn(
             f"evaluate: {len(too_long)} of {len(questions)} questions of {task.name} are too long for the model "
-            f"with {max_new_tokens} new tokens and are left out: {_some(too_long)}",
+            f"with {max_new_tokens} new tokens and are left out: {some(too_long)}",
             stacklevel=2,
         )
         dropped = set(too_long)
@@ -226,11 +226,6 @@ def _cut(task: Task, completion: str) -> str:
     for stop in task.stop:
         completion = completion.split(stop, 1)[0]
     return completion
-
-
-def _some(indexes: Sequence[int]) -> str:
-    shown = ", ".join(map(str, indexes[:10]))
-    return shown if len(indexes) <= 10 else f"{shown}, ..."
 
 
 def _mean_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -139,11 +139,11 @@ def check_texts(name: str, texts: Sequence[ScoredText], model: nn.Module, max_le
     """Refuse texts with nothing to score, and those longer than the model or `max_length` allows."""
     empty = [index for index, text in enumerate(texts) if text.scored < 1]
     if empty:
-        raise InputError(f"{name}: {len(empty)} of {len(texts)} have no token to score: {_some(empty)}")
+        raise InputError(f"{name}: {len(empty)} of {len(texts)} have no token to score: {some(empty)}")
     limit = min((each for each in (max_length, position_limit(model)) if each is not None), default=None)
     long = [index for index, text in enumerate(texts) if limit is not None and len(text.tokens) > limit]
     if long:
-        raise InputError(f"{name}: {len(long)} of {len(texts)} are longer than {limit} tokens: {_some(long)}")
+        raise InputError(f"{name}: {len(long)} of {len(texts)} are longer than {limit} tokens: {some(long)}")
 
 
 def length_sorted(texts: Sequence[ScoredText], batch_size: int) -> list[list[int]]:
@@ -188,6 +188,7 @@ def logits_at(model: nn.Module, tokens: Tensor, real: Tensor, positions: Tensor)
     return logits[:, positions.to(logits.device)]
 
 
-def _some(indices: Sequence[int]) -> str:
+def some(indices: Sequence[int]) -> str:
+    """The first ten, for a message."""
     shown = ", ".join(map(str, indices[:10]))
     return shown if len(indices) <= 10 else f"{shown}, ..."

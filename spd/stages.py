@@ -136,8 +136,7 @@ class Stages:
 
     def subspace(self, capability: str, projection: Projection, origin: str = "") -> Subspace:
         """The subspace of a projection. With an `origin`, of that further round's model: then only inside `started`."""
-        if projection.source and not origin:  # another task's own
-            capability, projection = self.task(projection.source).name, replace(projection, source=None)
+        capability, projection = self._own(capability, projection, origin)
         folder = self.subspace_folder(capability, projection, origin)
         if (folder / MANIFEST).is_file():
             return Subspace.from_pretrained(folder, self.model)
@@ -149,11 +148,14 @@ class Stages:
         return made
 
     def subspace_folder(self, capability: str, projection: Projection, origin: str = "") -> Path:
+        capability, projection = self._own(capability, projection, origin)
+        return subspace_path(self._root(projection, origin) / capability, projection, origin)
+
+    def _own(self, capability: str, projection: Projection, origin: str) -> tuple[str, Projection]:
+        """A subspace taken from another task is that task's own, unless a further round's model makes it."""
         if projection.source and not origin:
-            capability, projection = self.task(projection.source).name, replace(projection, source=None)
-        slug = replace(projection, sides=None).slug
-        root = self._root(projection, origin) / capability
-        return root / "subspaces" / ((slug or "gradient") + origin) if slug or origin else root / "subspace"
+            return self.task(projection.source).name, replace(projection, source=None)
+        return capability, projection
 
     @staticmethod
     def origin(arm: Arm, round: int) -> str:
@@ -330,6 +332,12 @@ class Stages:
     def _subspace_tag(self, capability: str, projection: Projection, origin: str = "") -> str:
         manifest = sha256_of_file(self.subspace_folder(capability, projection, origin) / MANIFEST)
         return f"subspace {manifest}, {self._intervention(projection).model_dump_json()}"
+
+
+def subspace_path(folder: Path, projection: Projection, origin: str = "") -> Path:
+    """Where a subspace lies below its capability's folder."""
+    slug = replace(projection, sides=None).slug
+    return folder / "subspaces" / ((slug or "gradient") + origin) if slug or origin else folder / "subspace"
 
 
 def _made_from(projection: Projection) -> list[Projection]:

@@ -34,7 +34,7 @@ from spd.reproduce.diagnose import DIAGNOSTICS, diagnose, joined, neutral_passag
 from spd.reproduce.settings import ReproduceSettings, parse_settings
 from spd.reproduce.tables import TABLES, Cell, Layout, Table
 from spd.run import owned, record_environment
-from spd.stages import Stages
+from spd.stages import Stages, subspace_path
 from spd.subspace import MANIFEST
 from spd.tasks import load_task
 
@@ -200,11 +200,9 @@ def outcome_file(stages_of: Path, shared: Path, cell: Cell) -> Path:
     return root / (cell.capability or "base") / "outcomes" / arm.slug / f"{cell.test}.json"
 
 
-def subspace_folder(shared: Path, capability: str, projection: Projection) -> Path:
+def shared_subspace(shared: Path, capability: str, projection: Projection) -> Path:
     """Where `spd.stages` keeps a subspace that does not depend on the seed."""
-    slug = replace(projection, sides=None, source=None).slug
-    root = shared / (projection.source or capability)
-    return root / "subspaces" / slug if slug else root / "subspace"
+    return subspace_path(shared / (projection.source or capability), replace(projection, source=None))
 
 
 def _shared_jobs(settings: ReproduceSettings, cells: Sequence[Cell]) -> list[Job]:
@@ -403,7 +401,7 @@ def _without_subspace(job: Job, out: Path) -> list[Projection]:
     return [
         projection
         for projection in projections
-        if projection and not (subspace_folder(out / "shared", job.capability or "", projection) / MANIFEST).is_file()
+        if projection and not (shared_subspace(out / "shared", job.capability or "", projection) / MANIFEST).is_file()
     ]
 
 

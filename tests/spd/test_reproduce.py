@@ -16,7 +16,7 @@ from spd.arms import parse_arm
 from spd.evaluation import Answer, Evaluation
 from spd.reproduce import DEFAULT_TABLES, MINIATURE, TABLES, load_settings, reproduce
 from spd.reproduce.diagnose import neutral_passages
-from spd.reproduce.experiment import _seed_jobs, _shared_jobs, _without_subspace, cells_of, layout_of, subspace_folder
+from spd.reproduce.experiment import _seed_jobs, _shared_jobs, _without_subspace, cells_of, layout_of, shared_subspace
 from spd.reproduce.settings import parse_settings
 from spd.reproduce.summary import Outcomes, paired_p, summarise
 from spd.reproduce.tables import PAPER, PROVING_GROUND, PUBLISHED, Cell, Layout
@@ -285,14 +285,14 @@ def test_every_shared_subspace_is_made_once_and_before_the_seeds(finished):
     def folders(job, arms):
         projections = [parse_arm(arm).projection for arm in arms]
         shared = [projection for projection in projections if projection and not projection.drawn]
-        return {subspace_folder(Path(), job.capability, projection) for projection in shared}
+        return {shared_subspace(Path(), job.capability, projection) for projection in shared}
 
     by_job = [folders(job, job.subspaces) for job in _shared_jobs(settings, cells)]
     assert len(set.union(*by_job)) == sum(map(len, by_job)), "no two processes write one folder"
     needed = [folders(job, [cell.arm for cell in job.cells]) for job in _seed_jobs(settings, cells)]
     assert set.union(*needed) == set.union(*by_job)
     assert Path("choice/subspace") in by_job[2] and Path("choice/subspace") not in by_job[0]
-    kept = subspace_folder(finished / "shared", "words", parse_arm("spd:sides=k").projection)
+    kept = shared_subspace(finished / "shared", "words", parse_arm("spd:sides=k").projection)
     assert (kept / "subspace.json").is_file()
     (job,) = _shared_jobs(parse_settings(SMALL | {"model": "m"}), [Cell("words", "spd", "words")])
     assert _without_subspace(job, finished) == []
