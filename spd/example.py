@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass, field
 
 from spd.errors import InputError
@@ -19,7 +20,8 @@ class Example:
             the example only serves `loss="full"`.
 
     Raises:
-        InputError: a span is empty, reversed, not a pair of integers, or outside the text.
+        InputError: a span is empty, reversed, not a pair of integers, or outside the text, or half of a surrogate pair
+            is in the text.
     """
 
     prompt: str
@@ -28,8 +30,11 @@ class Example:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "completion"):
-            if not isinstance(getattr(self, name), str):
-                raise InputError(f"Example.{name}: expected a string, got {type(getattr(self, name)).__name__}")
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                raise InputError(f"Example.{name}: expected a string, got {type(text).__name__}")
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):
+                raise InputError(f"Example.{name}: half of a surrogate pair, which is no character, in {text!r:.60}")
         length = len(self.prompt) + len(self.completion)
         object.__setattr__(self, "spans", _pairs(self.spans))
         for start, end in self.spans:

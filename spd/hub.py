@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from spd.errors import InputError
 from spd.files import write_text
 from spd.record import without_hash_lists
+from spd.shown import markdown
 from spd.spectrum import site_rows
 from spd.subspace import MANIFEST, Subspace
 
@@ -160,7 +161,7 @@ def model_card(subspace: Subspace, repo_id: str, *, license: str | None = None, 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["plain"] = _plain
+    environment.filters["plain"] = markdown
     return environment.get_template("model_card.md").render(
         header=header.to_yaml().strip(),
         name=repo_id.partition("/")[2],
@@ -194,11 +195,6 @@ def _scores(metrics: Transfer) -> list[dict[str, Any]]:
             }
             rows.append(row | {"metric": score.metric, "difference": against, "p": score.p})
     return rows
-
-
-def _plain(value: object) -> str:
-    """Text in one line that Markdown shows as it is."""
-    return re.sub(r"([\\`*_|<>\[\]#~$&!])", r"\\\1", " ".join(str(value).split()))
 
 
 def _reason(error: Exception) -> str:

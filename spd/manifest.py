@@ -8,6 +8,7 @@ folder can write new hashes too, so a record that must hold against that keeps t
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from spd.example import Example
 from spd.files import read_json, read_jsonl, sha256, sha256_of_file
 from spd.provenance import config_hash, weights_fingerprint
 from spd.record import example_hashes, examples_hash
+from spd.shown import visible
 from spd.subspace import MANIFEST, Subspace, provenance_hash
 
 Verdict = Literal["agrees", "differs", "unchecked"]
@@ -91,7 +93,7 @@ class Report:
                 for why in dict.fromkeys(each.detail for each in mine if each.verdict == "unchecked"):
                     what = ", ".join(each.what for each in mine if (each.verdict, each.detail) == ("unchecked", why))
                     said.append(_line("unchecked", f"{what}: {why}"))
-            lines += [file, *said] if said else []
+            lines += [visible(line).replace("\n", " ") for line in (file, *said)] if said else []
         counts = (len(self.having(verdict)) for verdict in ("agrees", "differs", "unchecked"))
         return "\n".join([*lines, "{} agree, {} differ, {} could not be checked".format(*counts)])
 
@@ -113,7 +115,7 @@ def verify(path: str | Path, *, model: nn.Module | None = None, examples: Sequen
         InputError: there is nothing at `path` that names a hash, or there are examples and more than one subspace.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"path: there is no file or folder {path}")
     return _Verifier(path, model, examples).report()
 
@@ -164,7 +166,7 @@ class _Verifier:
             return
         tensors = path.parent / Path(str(manifest.get("tensors"))).name
         provenance = manifest.get("provenance")
-        if not tensors.is_file():
+        if not os.path.isfile(tensors):
             self._say(path, "tensors", "differs", f"{manifest.get('tensors')} is missing")
         else:
             self._compare(path, "tensors", manifest.get("tensors_sha256"), sha256_of_file(tensors))
@@ -193,12 +195,14 @@ class _Verifier:
         else:
             self._compare(path, "weights", manifest.get("weights_sha256"), sha256_of_file(weights))
         recipe = manifest.get("recipe")
-        held = _object(config)
+        held, files = _object(config), manifest.get("files_sha256")
         wanted: dict[str, Any] = {"peft_type": "LORA"}
         if isinstance(recipe, dict):
             wanted |= {"r": recipe.get("lora_rank"), "lora_alpha": recipe.get("lora_alpha")}
         if held is None:
             self._say(path, config.name, "differs", "missing, or no JSON object")
+        elif isinstance(files, dict) and files.get(config.name) != sha256_of_file(config):
+            self._compare(path, config.name, files.get(config.name), sha256_of_file(config))
         else:
             self._compare(path, config.name, wanted, {name: held.get(name) for name in wanted})
         self._trained_on(path, manifest.get("data_sha256"))
@@ -265,7 +269,7 @@ class _Verifier:
             folder = path.parent / "base" if capability is None else path.parent / str(capability)
             evaluations = folder / "evaluations" if capability is None else folder / "evaluations" / arm.slug
             file, name = evaluations / f"{task}{_SCORED}", f"{capability or 'base'}, {arm.name}, {task}"
-            if not file.resolve().is_relative_to(path.parent.resolve()) or not file.is_file():
+            if not os.path.isfile(file) or not file.resolve().is_relative_to(path.parent.resolve()):
                 self._say(path, name, "unchecked", f"there is no {self._name(file)}")
                 continue
             try:

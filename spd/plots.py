@@ -73,6 +73,12 @@ def blank_figure(width: float, height: float, panels: int = 1, *, sharey: bool =
     return figure, axes
 
 
+def plain_label(name: str) -> str:
+    """A name as matplotlib shows it as it is, at a length that a legend can hold."""
+    name = "".join(each if each.isprintable() else "�" for each in name).replace("$", r"\$")
+    return name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
+
+
 def spectra_figure(subspace: Subspace) -> Figure:
     """Singular values relative to the first, one panel a layer, with the rank cut and the energy it keeps."""
     if subspace.derived:
@@ -82,7 +88,7 @@ def spectra_figure(subspace: Subspace) -> Figure:
     for axis, layer in zip(axes, layers, strict=True):
         for side in "kv":
             basis = subspace.side(side)[layer]
-            relative = (basis.singular_values / basis.singular_values[0]).clamp(min=1e-12)
+            relative = (basis.singular_values / basis.singular_values.max()).clamp(min=1e-12)
             label = f"{side.upper()}: rank {basis.rank} of {basis.width}, {100 * basis.energy():.1f} % energy"
             axis.semilogy(range(1, basis.width + 1), relative, color=SIDE_COLOUR[side], linewidth=1.6, label=label)
             axis.axvline(basis.rank, color=SIDE_COLOUR[side], linewidth=0.9, linestyle=(0, (3, 3)))
@@ -112,7 +118,7 @@ def training_loss(losses: dict[str, list[dict[str, float]]]) -> Figure:
     colours = arm_colours(losses)
     for name, entries in losses.items():
         steps, values = [entry["step"] for entry in entries], [entry["loss"] for entry in entries]
-        axis.plot(steps, values, color=colours[name], linewidth=1.6, label=name)
+        axis.plot(steps, values, color=colours[name], linewidth=1.6, label=plain_label(name))
     axis.set_title("training loss", loc="left", fontsize=9.5, fontweight="bold")
     axis.set_xlabel("step")
     axis.legend(frameon=False, fontsize=8)
@@ -144,11 +150,13 @@ def accuracy_bars(metrics: list[dict[str, Any]]) -> Figure:
             low, high = score["interval_95"]
             accuracy = 100 * score["accuracy"]
             x = position + (offset - (len(arms) - 1) / 2) * step
-            axis.bar(x, accuracy, width=0.9 * step, color=colours[arm], label=arm if position == 0 else None)
+            axis.bar(
+                x, accuracy, width=0.9 * step, color=colours[arm], label=plain_label(arm) if position == 0 else None
+            )
             whiskers = [[max(0.0, accuracy - 100 * low)], [max(0.0, 100 * high - accuracy)]]
             axis.errorbar(x, accuracy, whiskers, color=INK, linewidth=0.9, capsize=2)
     names = [test if capability == test else f"{capability}, on {test}" for capability, test in groups]
-    axis.set_xticks(range(len(groups)), names)
+    axis.set_xticks(range(len(groups)), list(map(plain_label, names)))
     axis.set_ylabel("accuracy, %")
     axis.set_ylim(0, 100)
     axis.legend(frameon=False, fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, 1.16))

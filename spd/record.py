@@ -48,7 +48,9 @@ def without_hash_lists(provenance: Any) -> Any:
     """A provenance to print: hundreds of hashes of single examples give way to their number, parents' included."""
     if isinstance(provenance, dict):
         return {
-            name: f"{len(value)} hashes" if name == "example_sha256" else without_hash_lists(value)
+            name: f"{len(value)} hashes"
+            if name == "example_sha256" and isinstance(value, list)
+            else without_hash_lists(value)
             for name, value in provenance.items()
         }
     return [without_hash_lists(value) for value in provenance] if isinstance(provenance, list) else provenance

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from spd import plots
 from spd.arms import parse_arm
+from spd.errors import InputError
 from spd.files import read_json, read_jsonl, write_text
+from spd.profile import PROFILE, profile_rows
+from spd.shown import visible
 from spd.spectrum import site_rows
 from spd.subspace import Subspace
 
@@ -31,31 +34,52 @@ class Sample:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into a run folder whose `metrics.json` is there; returns its path."""
+    """Write `report.html` into a run folder whose `metrics.json` is there; returns its path.
+
+    Raises:
+        InputError: a file in the folder is not as a run writes it.
+    """
     folder = Path(folder)
-    config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
-    names = list(dict.fromkeys(score["capability"] for score in metrics if score["capability"]))
-    capabilities = [_capability(folder, name) for name in names]
-    environment = page_environment()
-    page = environment.get_template("report.html").render(
-        config=config,
-        environments=read_json(folder / "environment.json"),
-        timings=read_json(folder / "timings.json"),
-        table=score_table(metrics),
-        tests=list(dict.fromkeys(score["task"] for score in metrics)),
-        arms={name: parse_arm(name).meaning for name in config["arms"]},
-        bars=plots.accuracy_bars(metrics) if plots.accuracy_groups(metrics) else "",
-        capabilities=capabilities,
-        samples=_samples(folder, names, config["arms"], metrics),
-    )
+    try:
+        page = _page(folder)
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, UndefinedError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: no report, a file in it is not as a run writes it ({error!r})") from error
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
+def _page(folder: Path) -> str:
+    config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
+    names = list(dict.fromkeys(score["capability"] for score in metrics if score["capability"]))
+    capabilities = [_capability(folder, name) for name in names]
+    return (
+        page_environment()
+        .get_template("report.html")
+        .render(
+            config=config,
+            environments=read_json(folder / "environment.json"),
+            timings=read_json(folder / "timings.json"),
+            profile=profile_rows(read_json(folder / PROFILE)) if (folder / PROFILE).is_file() else [],
+            table=score_table(metrics),
+            tests=list(dict.fromkeys(score["task"] for score in metrics)),
+            arms={name: parse_arm(name).meaning for name in config["arms"]},
+            bars=plots.accuracy_bars(metrics) if plots.accuracy_groups(metrics) else "",
+            capabilities=capabilities,
+            samples=_samples(folder, names, config["arms"], metrics),
+        )
+    )
+
+
 def page_environment() -> Environment:
-    """Templates of the package's pages: everything that is put into them is escaped unless marked safe."""
+    """Templates of the package's pages: what is put into them is escaped unless marked safe, its controls shown."""
     environment = Environment(
-        loader=PackageLoader("spd", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("spd", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
     environment.filters["value"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from transformers import PreTrainedTokenizerBase
 
 from spd.example import Example
+from spd.report import page_environment
+from spd.shown import visible
 from spd.spans import EncodedExample, encode_examples
 
 if TYPE_CHECKING:
@@ -149,10 +149,8 @@ def preview_html(previews: Sequence[Preview], *, title: str, show: int | None = 
         title: the task, and the model whose tokens these are.
         show: put the first so many on the page (default: all).
     """
-    environment = Environment(
-        loader=PackageLoader("spd", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["characters"] = _characters
+    environment = page_environment()
+    environment.filters["characters"] = characters
     return environment.get_template("spans.html").render(
         title=title,
         meaning=MEANING,
@@ -222,7 +220,7 @@ def _marked(text: str, role: Role, number: int, coloured: bool) -> Text:
     opening, closing = ("", "") if coloured else BRACKETS[role]
     style = SHADES[role][number % 2] if coloured else ""
     body = text.removesuffix("\n")
-    *lines, line = _visible(body).split("\n")
+    *lines, line = visible(body).split("\n")
     marked = Text(opening)
     for whole in lines:
         marked.append(whole, style).append(NEW_LINE, style or "dim").append("\n")
@@ -232,28 +230,13 @@ def _marked(text: str, role: Role, number: int, coloured: bool) -> Text:
     return marked.append(closing)
 
 
-def _characters(text: str) -> Markup:
-    return escape(_visible(text)).replace("\n", Markup(f"<i>{NEW_LINE}</i>\n"))
+def characters(text: str) -> Markup:
+    """Text for a page, with every new line shown as well."""
+    return escape(visible(text)).replace("\n", Markup(f"<i>{NEW_LINE}</i>\n"))
 
 
 def _parts(each: Preview) -> list[tuple[str, list[Piece]]]:
     return [(part, list(pieces)) for part, pieces in groupby(each.pieces, key=lambda piece: piece.part)]
-
-
-def _visible(text: str) -> str:
-    """Controls, which could drive a terminal or turn the text around, as their pictures or numbers."""
-    return "".join(_picture(each) if _controls(each) else each for each in text)
-
-
-def _controls(character: str) -> bool:
-    if character in "\n\t":
-        return False
-    directs = unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-    return directs or unicodedata.category(character) in ("Cc", "Zl", "Zp")
-
-
-def _picture(control: str) -> str:
-    return chr(0x2400 + ord(control)) if control < " " else f"\\u{ord(control):04x}"
 
 
 def _number(count: int, noun: str) -> str:

@@ -48,5 +48,5 @@ def sparkline(singular_values: Tensor, columns: int = 32) -> str:
     picked = [
         float(singular_values[round(i * (singular_values.numel() - 1) / max(1, count - 1))]) for i in range(count)
     ]
-    levels = [1 + math.log10(max(value / picked[0], 1e-30)) / _DECADES for value in picked]
+    levels = [1 + math.log10(max(value / max(picked), 1e-30)) / _DECADES for value in picked]
     return "".join(_BLOCKS[min(7, max(0, round(7 * level)))] for level in levels)

@@ -6,6 +6,7 @@ It is calibrated, or made of calibrated ones by union, intersection and compleme
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,13 @@ from spd import algebra
 from spd.comparison import Comparison, compare_bases
 from spd.errors import InputError
 from spd.files import atomic_file, read_json, sha256, sha256_of_file, write_json
+from spd.named import check_rank
 from spd.provenance import config_hash, model_name, versions
 
 FORMAT = 1
 MANIFEST = "subspace.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of numbers in a tensors file, as safetensors names them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +215,8 @@ class Subspace:
                 raise InputError(f"rank: {rank!r} asks for {r} directions, of which only {basis.rank} were kept")
             return Basis(basis.basis[:, :r].contiguous(), basis.singular_values)
 
-        settings = {**self.provenance.get("settings", {}), "rank": rank}
+        settings = self.provenance.get("settings")
+        settings = (settings if isinstance(settings, dict) else {}) | {"rank": rank}
         return type(self)(
             {layer: cut(basis) for layer, basis in self.k.items()},
             {layer: cut(basis) for layer, basis in self.v.items()},
@@ -246,17 +251,15 @@ class Subspace:
             model: if given, the model the subspace is meant for.
 
         Raises:
-            InputError: a file is missing, truncated or altered, or the subspace belongs to another model.
+            InputError: a file is missing, truncated or altered, claims what is no subspace, or the subspace belongs to
+                another model.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if not Path(folder).exists():
+        if not os.path.exists(folder):
             from spd.hub import fetch, is_repo_id
 
             folder = fetch(str(folder)) if is_repo_id(str(folder)) else folder
         folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
+        if not os.path.isfile(folder / MANIFEST):
             raise InputError(f"{folder}: not a subspace folder, {MANIFEST} is missing")
         manifest = read_json(folder / MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -264,7 +267,7 @@ class Subspace:
             raise InputError(f"{folder / MANIFEST}: expected a subspace manifest of format {FORMAT}, got {found!r}")
         name = str(manifest.get("tensors"))
         path = folder / Path(name).name  # a manifest does not lead out of its folder
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"{folder}: {name}, which {MANIFEST} names, is missing")
         if sha256_of_file(path) != manifest.get("tensors_sha256"):
             raise InputError(f"{path}: truncated or altered, its hash is not the one in {MANIFEST}")
@@ -273,18 +276,11 @@ class Subspace:
             raise InputError(f"{folder / MANIFEST}: expected a provenance of names and values, got {provenance!r:.60}")
         if provenance_hash(provenance) != manifest.get("provenance_sha256", provenance_hash(provenance)):
             raise InputError(f"{folder / MANIFEST}: altered, the hash of its provenance is not the one it names")
+        k, v = _read_bases(folder, path, manifest.get("layers"))
         try:
-            tensors = load_file(path)
-            sides = {
-                side: {
-                    int(layer): Basis(tensors[f"{side}.{layer}.basis"], tensors[f"{side}.{layer}.singular_values"])
-                    for layer in manifest["layers"]
-                }
-                for side in ("k", "v")
-            }
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder}: the two files do not belong together ({error})") from None
-        subspace = cls(sides["k"], sides["v"], provenance)
+            subspace = cls(k, v, provenance)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
         if model is not None:
             subspace.check_model(model)
         return subspace
@@ -369,6 +365,29 @@ class Subspace:
         return type(self)(k, v, provenance)
 
 
+def _read_bases(folder: Path, path: Path, layers: object) -> list[dict[int, Basis]]:
+    """Those of K and those of V, once the header says that they are there, of a form that bases can have."""
+    from safetensors.torch import load_file
+
+    from spd.tensor_file import read_header
+
+    if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+        raise InputError(f"{folder / MANIFEST}: layers: expected a list of their indices, got {layers!r:.60}")
+    header = read_header(path)
+    names = {f"{side}.{layer}.{part}" for side in "kv" for layer in layers for part in ("basis", "singular_values")}
+    if differing := sorted(header.keys() ^ names):
+        missing = "is missing" if differing[0] in names else "is of no layer"
+        raise InputError(f"{folder}: the two files do not belong together ({differing[0]!r:.60} {missing})")
+    for name, entry in header.items():
+        if entry.dtype not in FLOATS or 0 in entry.shape:
+            raise InputError(f"{path}: {name}: expected floating-point numbers, got {entry.dtype} {entry.shape}")
+    tensors = load_file(path)
+    return [
+        {layer: Basis(tensors[f"{side}.{layer}.basis"], tensors[f"{side}.{layer}.singular_values"]) for layer in layers}
+        for side in "kv"
+    ]
+
+
 def provenance_hash(provenance: Mapping[str, Any]) -> str:
     """Hash of a provenance, whatever the order of its keys."""
     return sha256(json.dumps(provenance, sort_keys=True, ensure_ascii=False))
@@ -391,19 +410,6 @@ def choose_rank(rank: Literal["half", "full"] | str | int, singular_values: Tens
     return rank
 
 
-def check_rank(rank: object) -> None:
-    """Raise InputError unless `rank` is "half", "full", "energy:p" with 0 < p <= 1, or a positive integer."""
-    if rank in ("half", "full") or (isinstance(rank, int) and not isinstance(rank, bool) and rank > 0):
-        return
-    if isinstance(rank, str) and rank.startswith("energy:"):
-        try:
-            if 0.0 < float(rank.removeprefix("energy:")) <= 1.0:
-                return
-        except ValueError:
-            pass
-    raise InputError(f'rank: expected "half", "full", "energy:p" with 0 < p <= 1, or a positive integer, got {rank!r}')
-
-
 def _check(name: str, basis: Basis) -> None:
     u, singular_values = basis.basis, basis.singular_values
     if u.ndim != 2 or not 1 <= u.shape[1] <= u.shape[0]:
@@ -412,6 +418,12 @@ def _check(name: str, basis: Basis) -> None:
         raise InputError(f"{name}.singular_values: expected shape ({u.shape[0]},), got {tuple(singular_values.shape)}")
     if not (u.is_floating_point() and torch.isfinite(u).all() and torch.isfinite(singular_values).all()):
         raise InputError(f"{name}: expected finite floating-point tensors")
+    squares = float(singular_values.double().square().sum())
+    if (singular_values < 0).any() or not 0 < squares < float("inf"):
+        raise InputError(
+            f"{name}.singular_values: expected numbers of at least 0, with a sum of squares above it, got "
+            f"{float(singular_values.min()):.3g} to {float(singular_values.max()):.3g}"
+        )
     defect = float((u.T.double() @ u.double() - torch.eye(u.shape[1], dtype=torch.float64)).abs().max())
     if defect > 1e-3:
         raise InputError(f"{name}.basis: columns are not orthonormal (largest defect {defect:.1e})")

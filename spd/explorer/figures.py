@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spd.explorer.numbers import Pair, between_layers, cumulative_energy, sites
-from spd.plots import GRID, INK, MUTED, blank_figure
+from spd.plots import GRID, INK, MUTED, blank_figure, plain_label
 from spd.subspace import Basis, Subspace
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def spectra_figure(subspaces: Mapping[str, Subspace]) -> Figure:
 
     def curve(basis: Basis) -> np.ndarray:
         values = basis.singular_values.double().numpy()
-        return np.maximum(values / values[0], FLOOR)
+        return np.maximum(values / values.max(), FLOOR)
 
     figure, axes = _curves(subspaces, curve, "singular value / first")
     lowest = min(float(line.get_ydata().min()) for axis in axes for line in axis.lines)
@@ -90,7 +90,7 @@ def _curves_by_layer(
                 _line(axis, subspace.side(side)[layer], curve, **style)
         _title(axis, f"{side.upper()}, layer {layer}")
     handles = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], ls=DASHES[i % len(DASHES)], label=_plain(name))
+        Line2D([], [], color=COLOURS[i % len(COLOURS)], ls=DASHES[i % len(DASHES)], label=plain_label(name))
         for i, name in enumerate(subspaces)
     ]
     handles.append(Line2D([], [], color=INK, ls="none", marker="o", markersize=4, label="rank cut"))
@@ -112,7 +112,7 @@ def _curves_by_depth(
     for axis, (name, side) in zip(axes, panels, strict=True):
         for layer, basis in sorted(subspaces[name].side(side).items()):
             _line(axis, basis, curve, color=shade.to_rgba(np.array([layer]))[0], lw=1.1)
-        _title(axis, f"{_plain(name)}: {side.upper()}" if len(subspaces) > 1 else side.upper())
+        _title(axis, f"{plain_label(name)}: {side.upper()}" if len(subspaces) > 1 else side.upper())
     bar = figure.colorbar(shade, ax=axes, shrink=0.8, aspect=30, pad=0.01)
     bar.set_label("layer; dots: rank cut")
     bar.outline.set_visible(False)
@@ -195,7 +195,7 @@ def layers_figure(subspaces: Mapping[str, Subspace]) -> Figure:
             middle = len(subspace.layers) - 0.5
             axis.axhline(middle, color=INK, lw=0.8)
             axis.axvline(middle, color=INK, lw=0.8)
-        _title(axis, _plain(name))
+        _title(axis, plain_label(name))
     bar = figure.colorbar(ScalarMappable(scale, _heat()), ax=axes, aspect=25, pad=0.02, shrink=0.7, ticks=(0, 50, 100))
     bar.set_label("overlap, %")
     bar.outline.set_visible(False)
@@ -250,13 +250,7 @@ def _edge_labels(axes: Sequence[Any], below: str, left: str, columns: int) -> No
 
 
 def _pair_name(pair: Pair) -> str:
-    return f"{_plain(pair.a)} · {_plain(pair.b)}"
-
-
-def _plain(name: str) -> str:
-    """A name as matplotlib shows it as it is, at a length that a legend can hold."""
-    name = "".join(each if each.isprintable() else "�" for each in name).replace("$", r"\$")
-    return name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
+    return f"{plain_label(pair.a)} · {plain_label(pair.b)}"
 
 
 def _title(axis: Any, text: str) -> None:

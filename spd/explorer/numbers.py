@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -142,12 +143,12 @@ def read_metrics(path: str | Path) -> Transfer:
         InputError: there is no such file, or it is neither.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = [path / name for name in ("metrics.json", "results.json") if (path / name).is_file()]
         if not found:
             raise InputError(f"metrics: {path} holds neither metrics.json nor results.json")
         path = found[0]
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         raise InputError(f"metrics: expected a file or a run folder, there is no {path}")
     return transfer(read_json(path), str(path))
 
@@ -158,7 +159,7 @@ def transfer(content: Any, named: str = "metrics") -> Transfer:
         if isinstance(content, Mapping):
             return _from_results(content)
         return _from_metrics(content)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise InputError(f"{named}: expected a run's metrics or a reproduction's results ({error!r})") from None
 
 

@@ -17,7 +17,7 @@ from spd.files import atomic_file
 from spd.plots import svg_text
 from spd.record import without_hash_lists
 from spd.report import page_environment
-from spd.span_preview import _characters
+from spd.span_preview import characters
 from spd.spectrum import site_rows
 from spd.stats import holm
 from spd.subspace import Subspace
@@ -66,7 +66,7 @@ def explore(
     """
     check(subspaces)
     environment = page_environment()
-    environment.filters["characters"] = _characters
+    environment.filters["characters"] = characters
     compared = pairs(subspaces) if compared is None else compared
     return environment.get_template("explorer.html").render(
         title=title,

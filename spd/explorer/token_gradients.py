@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from spd.calibration import INITIAL_FP16_SCALE, _loss, _tapped
 from spd.errors import InputError
 from spd.example import Example
+from spd.gradients import correctness_loss, initial_scale, tapped
 from spd.intervention import refuse_if_attached
 from spd.likelihood import padded
 from spd.model_state import frozen, input_device, position_limit
@@ -93,7 +93,6 @@ def token_gradients(
     kept = sorted((each for each in encoded if each.targets), key=lambda each: len(each.tokens))
     if not kept:
         raise InputError(f"examples: none of the {len(encoded)} has a token in S within max_length = {max_length}")
-    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
 
     found: dict[int, TokenGradients] = {}
     shown = bar(total=len(kept), label="gradients", unit="examples", show=progress)
@@ -101,11 +100,11 @@ def token_gradients(
         for first in range(0, len(kept), batch_size):
             batch = kept[first : first + batch_size]
             tokens, real = padded([each.tokens for each in batch], input_device(model))
-            scale = INITIAL_FP16_SCALE if half else 1.0
+            scale = initial_scale(model)
             while True:
                 rows: dict[Any, Any] = {(site.layer, side): _Norms() for site in chosen for side in "kv"}
-                with _tapped(chosen, rows, real):
-                    (_loss(model, batch, tokens, real) * scale).backward()
+                with tapped(chosen, rows, real):
+                    (correctness_loss(model, batch, tokens, real) * scale).backward()
                 norms = {(side, layer): each.of(real) / scale for (layer, side), each in rows.items()}
                 broken = [key for key, values in norms.items() if not values.isfinite().all()]
                 if not broken:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spd.distillation import MANIFEST, WEIGHTS
+from spd.adapters import CONFIG, MANIFEST, WEIGHTS, read_config
 from spd.errors import InputError
 from spd.export.checkpoint import TensorNames, open_checkpoint, write_changed
-from spd.export.shards import Change
-from spd.files import atomic_folder, read_json, sha256_of_file, write_json
+from spd.export.shards import FLOATS, Change
+from spd.files import atomic_folder, read_object, sha256_of_file, write_json
 from spd.provenance import config_hash
+from spd.tensor_file import read_header
 
-CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
-_ANY_VALUE = {
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out"),
-    *("layers_to_transform", "layers_pattern", "peft_type", "task_type", "auto_mapping", "inference_mode"),
-    *("base_model_name_or_path", "revision", "peft_version"),
-}
-"""Settings of peft that change nothing beyond W + alpha / r B A. Any other must have its default."""
 
 
 def export_merged(checkpoint: str | Path, adapter: str | Path, out: str | Path) -> Path:
@@ -47,7 +40,7 @@ def export_merged(checkpoint: str | Path, adapter: str | Path, out: str | Path) 
         InputError: as `spd.export_folded`; or the adapter is damaged, of another model, or more than plain LoRA.
     """
     adapter = Path(adapter)
-    config = _read_config(adapter)
+    config = read_config(adapter)
     tensors = _read_weights(adapter)
     opened = open_checkpoint(checkpoint)
     trained_on = _manifest(adapter).get("config_sha256")
@@ -55,7 +48,7 @@ def export_merged(checkpoint: str | Path, adapter: str | Path, out: str | Path) 
         raise InputError(f"adapter: {adapter} was trained on another model than {opened.name}")
     names = TensorNames(opened)
     changes: dict[str, Change] = {}
-    for path, (lora_a, lora_b) in _pairs(adapter, tensors).items():
+    for path, (lora_a, lora_b) in _pairs(adapter, tensors, config["r"]).items():
         try:
             module = opened.model.get_submodule(path)
         except AttributeError:
@@ -65,7 +58,8 @@ def export_merged(checkpoint: str | Path, adapter: str | Path, out: str | Path) 
         features_first = isinstance(module, nn.Linear)
         update = _update(lora_a, lora_b, config["lora_alpha"] / config["r"], features_first)
         weight: Any = module.weight
-        if (lora_b.shape[0], lora_a.shape[1]) != tuple(weight.shape if features_first else weight.T.shape):
+        outer = lora_b.shape[0], lora_a.shape[1]
+        if outer != tuple(weight.shape if features_first else weight.T.shape):
             raise InputError(
                 f"adapter: {path} is {tuple(weight.shape)} in {opened.name}, but {adapter} has B "
                 f"{tuple(lora_b.shape)} and A {tuple(lora_a.shape)}"
@@ -90,7 +84,7 @@ def export_adapter(adapter: str | Path, out: str | Path, *, base: str | None = N
         InputError: the adapter is damaged or no LoRA, or `out` exists.
     """
     adapter, out = Path(adapter), Path(out)
-    config = _read_config(adapter)
+    config = read_config(adapter)
     _read_weights(adapter)
     with atomic_folder(out) as temporary:
         shutil.copyfile(adapter / WEIGHTS, temporary / WEIGHTS)
@@ -101,46 +95,25 @@ def export_adapter(adapter: str | Path, out: str | Path, *, base: str | None = N
     return out
 
 
-def _read_config(adapter: Path) -> dict[str, Any]:
-    """The settings of a plain LoRA."""
-    from peft import LoraConfig
-
-    if not (adapter / CONFIG).is_file():
-        raise InputError(f"adapter: {adapter} holds none ({CONFIG} is missing)")
-    config = read_json(adapter / CONFIG)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"adapter: expected one of kind LORA in {adapter}, got {kind!r}")
-    defaults = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
-    for key, value in config.items():
-        plain = key in _ANY_VALUE or value in (None, False, [], {}) or value == defaults.get(key)
-        if not plain and (key, value) != ("init_lora_weights", "gaussian"):
-            raise InputError(f"adapter: {adapter} is more than plain LoRA: {key} is {value!r}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise InputError(f"{adapter / CONFIG}: expected a rank r and a lora_alpha, got {rank!r} and {alpha!r}")
-    return config
-
-
 def _read_weights(adapter: Path) -> dict[str, Tensor]:
     path = adapter / WEIGHTS
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"adapter: {path} is missing")
     expected = _manifest(adapter).get("weights_sha256")
     if expected is not None and expected != sha256_of_file(path):
         raise InputError(f"{path}: truncated or altered, its hash is not the one in {MANIFEST}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    for name, entry in read_header(path).items():
+        if entry.dtype not in FLOATS:
+            raise InputError(f"{path}: {name}: expected floating-point numbers, got {entry.dtype}")
+    return load_file(path)
 
 
 def _manifest(adapter: Path) -> dict[str, Any]:
     """What `spd.distill` left beside the adapter; nothing if peft wrote it."""
-    return dict(read_json(adapter / MANIFEST)) if (adapter / MANIFEST).is_file() else {}
+    return read_object(adapter / MANIFEST) if os.path.isfile(adapter / MANIFEST) else {}
 
 
-def _pairs(adapter: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(adapter: Path, tensors: dict[str, Tensor], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     """A (r, inputs) and B (features, r) by the path of the module they change."""
     stems = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     expected = {f"{stem}.lora_{side}.weight" for stem in stems for side in "AB"}
@@ -150,10 +123,16 @@ def _pairs(adapter: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor,
             f"{adapter / WEIGHTS}: expected lora_A.weight and lora_B.weight of each module below {_PREFIX}"
             + (f", not {odd[0]}" if odd else "")
         )
-    return {
-        stem.removeprefix(_PREFIX): (tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"])
-        for stem in stems
-    }
+    pairs = {}
+    for stem in stems:
+        a, b = (tensors[f"{stem}.lora_{side}.weight"] for side in "AB")
+        if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
+            raise InputError(
+                f"{adapter / WEIGHTS}: {stem}: expected matrices of rank {rank}, got A {tuple(a.shape)} and "
+                f"B {tuple(b.shape)}"
+            )
+        pairs[stem.removeprefix(_PREFIX)] = a, b
+    return pairs
 
 
 def _update(lora_a: Tensor, lora_b: Tensor, scale: float, features_first: bool) -> Change:

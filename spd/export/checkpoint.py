@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spd.errors import InputError
 from spd.export.shards import Change, Shard, copy_file, read_shard, rewrite
-from spd.files import atomic_folder, read_json, write_json
+from spd.files import atomic_folder, read_json, read_object, write_json
 from spd.models import PROVING_GROUND
 from spd.provenance import versions
 from spd.sites import find_sites
@@ -61,12 +62,12 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
         InputError: it is none, cannot be read, is quantised, or has no safetensors weights.
     """
     folder = _folder(name)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise InputError(f"model: the folder {folder} holds no checkpoint (config.json is missing)")
-    settings = read_json(folder / "config.json")
+    settings = read_object(folder / "config.json")
     for key in ("quantization_config", "compression_config"):
-        if settings.get(key):
-            method = settings[key].get("quant_method", "unnamed")
+        if how := settings.get(key):
+            method = how.get("quant_method", "unnamed") if isinstance(how, dict) else how
             raise InputError(
                 f"model: {name} is quantised ({key}, {method}); projections and adapters go into the floating-point "
                 "checkpoint it was made from"
@@ -182,7 +183,7 @@ def _folder(name: str | Path) -> Path:
         from spd.proving_ground import checkpoint
 
         return Path(checkpoint())
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     import huggingface_hub
 
@@ -208,7 +209,7 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / Path(str(name)).name for name in sorted(set(named.values()))]
     else:
         files = [folder / WEIGHTS]
-    missing = [path.name for path in files if not path.is_file()]
+    missing = [path.name for path in files if not os.path.isfile(path)]
     if not missing:
         return files
     if any(folder.glob("*.bin")):

@@ -1,38 +1,26 @@
 """Safetensors files by their header: a file is copied as a stream, and chosen tensors are replaced on the way.
 
-The format: 8 bytes with the header's length n, little-endian; n bytes of JSON, tensor name -> dtype, shape and offsets;
-then the tensors. Header and layout stay, so whatever is not replaced keeps its bytes and its place.
+Header and layout stay, so whatever is not replaced keeps its bytes and its place.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spd.errors import InputError
+from spd.tensor_file import Entry, read_header
 
 Change = Callable[[Tensor], Tensor]
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its dtype as the format names it, and the bytes of the file that hold it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -54,23 +42,9 @@ def read_shard(path: Path) -> Shard:
     """The header of a safetensors file, without its tensors.
 
     Raises:
-        InputError: it is torn, or not of a form that the installed safetensors knows.
+        InputError: as `read_header`.
     """
-    try:
-        with safe_open(path, "pt"):  # the library's own checks: sizes, dtypes, no gap and no overlap
-            pass
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    first = 8 + length
-    tensors = {}
-    for name, each in header.items():
-        if name != "__metadata__":
-            start, end = each["data_offsets"]
-            tensors[name] = Entry(each["dtype"], tuple(each["shape"]), first + start, first + end)
-    return Shard(path, tensors)
+    return Shard(path, read_header(path))
 
 
 def copy_file(source: Path, out: Path) -> str:

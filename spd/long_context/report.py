@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spd.files import atomic_file, read_json, write_text
+from spd.shown import markdown
 from spd.stats import mean_interval
 
 DPI = 130
@@ -51,21 +52,19 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _head(results: dict[str, Any]) -> str:
     settings = results["settings"]
-    subject = settings["model"] or f"{settings['shape']}, random weights"
+    subject = markdown(settings["model"] or f"{settings['shape']}, random weights")
     lines = [f"# Long contexts: {subject}"]
     for environment in results["environments"]:
         libraries = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-        lines.append(
-            f"{environment['parameters'] / 1e6:,.1f} M parameters, {environment['dtype']}, {environment['attention']} "
-            f"attention. {environment['device']}; {libraries}."
-        )
+        said = f"{environment['dtype']}, {environment['attention']} attention. {environment['device']}; {libraries}."
+        lines.append(f"{environment['parameters'] / 1e6:,.1f} M parameters, {markdown(said)}")
     return "\n\n".join(lines)
 
 
 def _decode(settings: dict[str, Any], cells: list[dict[str, Any]]) -> str:
     onto = f"Random subspace of rank {settings['decode_rank']} at all layers"
     if settings["subspace"]:
-        onto = f"Subspace {settings['subspace']}, its first {settings['decode_rank']} directions"
+        onto = f"Subspace {markdown(settings['subspace'])}, its first {settings['decode_rank']} directions"
     lines = [
         "## Memory and time",
         f"{onto}, batch {settings['batch']}. The last "
@@ -82,7 +81,7 @@ def _decode(settings: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         ),
     ]
     refused = {mode: found["refused"] for cell in cells for mode, found in cell["modes"].items() if "refused" in found}
-    lines += [f"- `{mode}` is refused: {reason}." for mode, reason in refused.items()]
+    lines += [f"- {markdown(mode)} is refused: {markdown(reason)}." for mode, reason in refused.items()]
     return "\n\n".join(lines)
 
 
@@ -169,7 +168,7 @@ def _depths(cells: list[dict[str, Any]]) -> str:
 
 
 def _perplexity(settings: dict[str, Any], cells: list[dict[str, Any]]) -> str:
-    text = settings["text"] or "generated text in which one sentence in five repeats an earlier fact"
+    text = markdown(settings["text"] or "") or "generated text in which one sentence in five repeats an earlier fact"
     base = {cell["context"]: cell["windows"] for cell in cells if not cell["rank"]}
 
     def show(cell: dict[str, Any]) -> str:

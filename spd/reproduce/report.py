@@ -31,6 +31,7 @@ from spd.reproduce.sections import (
 from spd.reproduce.settings import ReproduceSettings, parse_settings
 from spd.reproduce.summary import Entry, Outcomes, Summary, summarise
 from spd.reproduce.tables import PUBLISHED_TEST, TABLES, Cell, Column, Layout
+from spd.shown import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,7 +105,7 @@ def write_report(out: str | Path) -> Path:
     template = page_environment().get_template("reproduce.html")
     write_json(out / "tables.json", data)
     write_text(out / "report.html", template.render(**page, figures=svgs))
-    write_text(out / "tables.md", _markdown(page, drawn))
+    write_text(out / "tables.md", visible(_markdown(page, drawn)))
     return out / "tables.md"
 
 

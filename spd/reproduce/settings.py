@@ -15,10 +15,10 @@ from spd.config import (
     RunConfig,
     Section,
     parse_section,
-    read_toml,
 )
 from spd.distillation import Recipe
 from spd.errors import InputError, near
+from spd.files import read_toml
 from spd.reproduce.tables import PAPER, PROVING_GROUND, Domain
 
 MINIATURE = Path(__file__).with_name("miniature.toml")
@@ -100,7 +100,10 @@ def parse_settings(values: dict[str, Any], source: str = "settings") -> Reproduc
         known = Recipe.__dataclass_fields__
         if unknown := [key for key in training if key not in known]:
             raise InputError(f"{source}: unknown key {'training.' + unknown[0]!r}{near(unknown[0], known)}")
-        values = values | {"training": Recipe(**training)}
+        try:
+            values = values | {"training": Recipe(**training)}
+        except InputError as error:
+            raise InputError(f"{source}: training.{error}") from None
     return parse_section(ReproduceSettings, values, source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -54,7 +55,7 @@ def load_task(
         InputError: no such task (the near one is suggested), no such folder, harness prompts for a task that the
             harness does not have, or chat prompts without a tokenizer or template.
     """
-    if data is not None and not Path(data).is_dir():
+    if data is not None and not os.path.isdir(data):
         raise InputError(f"data: {data} is not a folder")
     if prompts not in PROMPTS:
         raise InputError(f"prompts: expected one of {', '.join(PROMPTS)}, got {prompts!r}")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 from spd.errors import InputError, near
 from spd.example import Example
 from spd.tasks.base import Task
-from spd.tasks.jsonl import SETTINGS, JsonlTask
+from spd.tasks.jsonl import SETTINGS, JsonlTask, unusable_name
 from spd.tasks.markers import remark
 
 
@@ -49,8 +50,8 @@ def load_custom(name: str, data: str | Path | None = None) -> Task | None:
         return _imported(module, path, data)
     places = [Path(name)] + ([Path(data) / name] if data is not None else [])
     for place in places:
-        folder = any((place / file).is_file() for file in ("train.jsonl", "test.jsonl", SETTINGS))
-        if folder or (name.endswith(".jsonl") and place.is_file()):
+        folder = any(os.path.isfile(place / file) for file in ("train.jsonl", "test.jsonl", SETTINGS))
+        if folder or (name.endswith(".jsonl") and os.path.isfile(place)):
             return JsonlTask(place)
     if name.endswith(".jsonl"):
         raise InputError(f"task: there is no file {' or '.join(map(str, places))}")
@@ -80,6 +81,8 @@ def _imported(module: str, path: str, data: str | Path | None) -> Task:
         raise InputError(f"task: {given} is no spd.tasks.base.Task but of type {type(found).__name__}")
     if not isinstance(getattr(found, "name", None), str):
         raise InputError(f"task: {given} has no name; give it one that its files can have, such as {path.lower()!r}")
+    if problem := unusable_name(found.name):
+        raise InputError(f"task: {given}: name: {problem}")
     return found
 
 

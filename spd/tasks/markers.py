@@ -25,7 +25,7 @@ Marker = Callable[[str, str], list[Span]]
 
 _PATTERNS = ("regex", "prompt-regex")
 _BLANK = " \t\r\n"
-_BOXED = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\boxed\s*\{|[{}]")
 _PHRASE = re.compile(r"####|\banswer is\b:?|\banswer\s*:", re.IGNORECASE)
 _REST_OF_LINE = re.compile(r"\s*(\S.*)")
 _FENCED = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
@@ -82,13 +82,17 @@ def _answer(prompt: str, completion: str) -> list[Span]:
 
 
 def _boxed(text: str) -> Span | None:
-    for box in reversed(list(_BOXED.finditer(text))):
-        depth = 1
-        for position in range(box.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return box.end(), position
-    return None
+    """The last box that is closed, in one pass."""
+    found: Span | None = None
+    open_braces: list[int | None] = []
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            open_braces.append(brace.end() if len(brace[0]) > 1 else None)
+        elif open_braces:
+            start = open_braces.pop()
+            if start is not None and (found is None or start > found[0]):
+                found = start, brace.start()
+    return found
 
 
 def _after_phrase(text: str) -> Span | None:

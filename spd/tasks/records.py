@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -53,7 +54,7 @@ class Records:
         """
         if data is not None:
             path = self._path(split, data)
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise InputError(f"data: {path} is missing (expected NAME/SPLIT.jsonl below the data folder)")
             records, source = read_jsonl(path), str(path)
         else:
@@ -72,7 +73,7 @@ class Records:
 
     def exists(self, split: str, data: str | Path | None) -> bool:
         """Whether a split is there; the hub is taken to have every split."""
-        return data is None or self._path(split, data).is_file()
+        return data is None or os.path.isfile(self._path(split, data))
 
     def _path(self, split: str, data: str | Path) -> Path:
         return Path(data) / self.folder / f"{split}.jsonl"

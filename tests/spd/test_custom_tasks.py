@@ -98,7 +98,7 @@ def test_a_records_own_spans_go_before_the_rule(spans, expected, tmp_path):
         ({"prompt": "q", "completion": "a", "spans": [[1]]}, "line 3: .*pairs"),
         ({"prompt": "q", "completion": "a", "spans": ["b"]}, "line 3: spans: 'b' does not occur"),
         ({"prompt": "q", "completion": "a", "spans": [""]}, "line 3: spans: '' does not occur"),
-        ({"prompt": "q", "completion": "a\ud800"}, "line 3: completion: holds half of a surrogate pair"),
+        ({"prompt": "q", "completion": "a\ud800"}, "line 3: not JSON .half of a surrogate pair"),
         ("[]", "line 3: expected an object"),
         ("{", "line 3: not JSON"),
     ],
@@ -309,9 +309,9 @@ def test_classes_and_objects_by_name(module, tmp_path):
         OWN
         + """
     class WithData(Mine):
-        def __init__(self, data=None): self.name = str(data)
+        def __init__(self, data=None): self.name = str(data).rpartition('/')[2]
     class NeedsData(Mine):
-        def __init__(self, data): self.name = str(data)
+        def __init__(self, data): self.name = str(data).rpartition('/')[2]
     class Outer:
         Inner = Mine
     ready = WithData("ready")

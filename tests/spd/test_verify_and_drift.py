@@ -90,7 +90,6 @@ def test_a_whole_run_agrees(made, examples):
         ("sums/subspace/subspace.json", "tensors"),
     }
     assert {(each.file, each.what) for each in report.having("unchecked")} == {
-        ("sums/adapters/projected/README.md", "content"),
         ("sums/generations/projected.settings.json", "model weights"),  # they were folded
     }
     assert report.manifests["sums/subspace/subspace.json"] == sha256((run / "sums/subspace/subspace.json").read_bytes())
@@ -101,7 +100,7 @@ def test_parts_of_it_by_themselves(made, examples):
     _, run = made
     for part, unchecked in (
         ("sums/subspace", {"model configuration", "model weights", "examples"}),
-        ("sums/adapters/projected", {"completions trained on", "model configuration", "model weights", "content"}),
+        ("sums/adapters/projected", {"completions trained on", "model configuration", "model weights"}),
         ("sums/generations/projected.jsonl", {"subspace", "model configuration", "model weights"}),
     ):
         report = verify(run / part)
@@ -173,7 +172,7 @@ DAMAGE = {
         lambda run: edit(run / "sums/adapters/projected/adapter_config.json", lora_alpha=64),
         {(ADAPTER, "adapter_config.json")},
     ),
-    "completion": (altered_completion, {(ADAPTER, "completions trained on")}),
+    "completion": (altered_completion, {(ADAPTER, "completions trained on"), (COMPLETIONS, "completions")}),
     "prompts": (lambda run: edit(run / COMPLETIONS, prompts_sha256="0" * 64), {(COMPLETIONS, "prompts")}),
     "a torn file": (
         lambda run: (run / "base/evaluations/sums.jsonl").write_text("{"),
