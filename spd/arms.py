@@ -12,8 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from spd.errors import InputError, near
-from spd.sites import NAMED_LAYERS
-from spd.subspace import check_rank
+from spd.named import NAMED_LAYERS, check_rank
 
 SubspaceKind = Literal["gradient", "random", "activations", "bottom", "shuffled"]
 SUBSPACE_MEANING: dict[str, str] = {

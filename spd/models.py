@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from spd import distributed
 from spd.errors import InputError
 
 PROVING_GROUND = "proving-ground"
@@ -22,13 +24,17 @@ def load_model(
         name: checkpoint folder, hub name, or "proving-ground" for the model the project carries.
         dtype: of the weights: "auto" (the checkpoint's own on a GPU, float32 on the CPU, whatever the checkpoint's),
             "float32", "float16" or "bfloat16".
-        device: "auto" (a GPU where there is one), or a device of torch.
+        device: "auto" (a GPU where there is one), or a device of torch. Under torchrun "auto" and "cuda" are the GPU of
+            the process's number.
 
     Raises:
         InputError: there is no such checkpoint, dtype or device, or the checkpoint cannot be read.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    own = distributed.take_gpu()
+    if distributed.started() > 1 and str(device).startswith("cuda:") and str(device) != f"cuda:{own}":
+        raise InputError(f'device: expected "cuda" under torchrun, each process\'s own GPU; got {device!r}')
     name = _checkpoint(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +71,7 @@ def _checkpoint(name: str | Path) -> str | Path:
         from spd.proving_ground import checkpoint
 
         return checkpoint()
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if os.path.isdir(name) and not os.path.isfile(Path(name) / "config.json"):
         raise InputError(f"model: the folder {name} holds no checkpoint (config.json is missing)")
     return name
 

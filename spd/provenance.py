@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from functools import cache
 from importlib import metadata
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from spd.files import sha256
 
@@ -40,13 +41,31 @@ def config_hash(model: nn.Module) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of every parameter's name, type, shape and first 64 elements: cheap, and tells one training from another."""
+    """Hash of every parameter's name, type, shape and first 64 elements: cheap, and tells one training from another.
+
+    The same wherever the parameters are: offloaded by accelerate, or dealt over processes, which all must call this.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        if not parameter.is_meta:
-            digest.update(parameter.detach().flatten()[:64].double().cpu().numpy().tobytes())
+        value = _offloaded(model, name) if parameter.is_meta else parameter.detach()
+        if value is None:
+            continue
+        if hasattr(value, "full_tensor"):  # a DTensor
+            value = value.full_tensor()
+        digest.update(value.flatten()[:64].double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _offloaded(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter as accelerate keeps it while it is not needed, on the CPU or on disk."""
+    path, _, last = name.rpartition(".")
+    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None:
+            return weights[last]
+    return None
 
 
 def _architecture(value: Any) -> Any:
@@ -63,6 +82,11 @@ def _architecture(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries a result depends on (absent ones left out)."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("spd", "torch", "triton", "transformers", "peft", "accelerate", "numpy"):
         try:

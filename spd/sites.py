@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spd.errors import InputError
+from spd.named import NAMED_LAYERS
 
 Columns = slice | Tensor
 
@@ -118,9 +119,6 @@ def find_sites(model: nn.Module) -> dict[int, Site]:
 def depth(model: nn.Module) -> int:
     """n, the number of layers of the text decoder."""
     return int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
-
-
-NAMED_LAYERS = ("paper", "middle", "last", "all")
 
 
 def choose_layers(

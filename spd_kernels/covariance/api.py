@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from spd_kernels.checks import check_rows
-from spd_kernels.covariance.config import CHUNK_BYTES, TRIANGLE_BAND
+from spd_kernels.covariance.config import CHUNK_BYTES, REDUCE_BYTES, TRIANGLE_BAND
 from spd_kernels.launch import Implementation, requested, uses_triton
 
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -84,32 +84,12 @@ class GradientCovariance:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Afterwards every process of the group has the rows of all of them; every one of them must call it.
 
-        Two collectives, of d + 1 and d x d fp64 numbers, on the accumulator's device, and no wait for a GPU. All must
-        have one width; on the CPU a third, of two numbers, finds out before anything is changed, on a GPU finding out
-        would mean waiting.
+        `all_reduce_many` of this one.
 
         Args:
             group: of `torch.distributed`; None is the default one.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError("all_reduce: expected torch.distributed to be initialised (init_process_group)")
-        if dist.get_rank(group) < 0:
-            raise ValueError("group: expected a group that this process belongs to")
-        if self.device.type == "cpu":
-            widths = torch.tensor([self.d, -self.d])
-            dist.all_reduce(widths, dist.ReduceOp.MAX, group)
-            most, least = widths.tolist()
-            if most != -least:
-                raise ValueError(f"all_reduce: expected one width d; got {-least} to {most}, here {self.d}")
-        # The mean of all first: about it, the scatters add up. Chan's formula for any number of parts.
-        totals = torch.cat((self._mean * self._count, self._count[None]))
-        dist.all_reduce(totals, dist.ReduceOp.SUM, group)
-        mean = totals[:-1] / totals[-1].clamp(min=1)
-        scaled = (self._mean - mean) * self._count.sqrt()
-        self._scatter.addr_(scaled, scaled)
-        dist.all_reduce(self._scatter, dist.ReduceOp.SUM, group)
-        self._mean.copy_(mean)
-        self._count.copy_(totals[-1])
+        all_reduce_many([self], group)
 
     def mean(self) -> torch.Tensor:
         """(d,) fp64; zeros before the first row."""
@@ -227,6 +207,64 @@ def update_many(
     for (accumulator, g, mask), has_kernel in zip(sites, launched, strict=True):
         if not has_kernel:
             accumulator._update_reference(g, mask)
+
+
+@torch.no_grad()
+def all_reduce_many(accumulators: Sequence[GradientCovariance], group: dist.ProcessGroup | None = None) -> None:
+    """`accumulator.all_reduce(group)` for each, in few collectives; every process must bring as many, in one order.
+
+    One collective of all counts and means, then the d x d fp64 sums, as many at once as REDUCE_BYTES hold, on the
+    accumulators' one device and without waiting for a GPU. Every accumulator must have one width in all processes; on
+    the CPU one more collective finds out before anything is changed, on a GPU finding out would mean waiting.
+
+    Args:
+        accumulators: of any widths, on one device.
+        group: of `torch.distributed`; None is the default one.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("all_reduce: expected torch.distributed to be initialised (init_process_group)")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: expected a group that this process belongs to")
+    if not accumulators:
+        return
+    devices = {accumulator.device for accumulator in accumulators}
+    if len(devices) > 1:
+        raise ValueError(f"accumulators: expected one device; got {', '.join(sorted(map(str, devices)))}")
+    if accumulators[0].device.type == "cpu":
+        own = torch.tensor([accumulator.d for accumulator in accumulators])
+        widths = torch.stack((own, -own))
+        dist.all_reduce(widths, dist.ReduceOp.MAX, group)
+        for d, most, negative in zip(own.tolist(), *widths.tolist(), strict=True):
+            if most != -negative:
+                raise ValueError(f"all_reduce: expected one width d; got {-negative} to {most}, here {d}")
+    # The means of all first: about them, the scatters add up. Chan's formula for any number of parts.
+    totals = torch.cat([part for a in accumulators for part in (a._mean * a._count, a._count[None])])
+    dist.all_reduce(totals, dist.ReduceOp.SUM, group)
+    for accumulator, total in zip(accumulators, totals.split([a.d + 1 for a in accumulators]), strict=True):
+        mean = total[:-1] / total[-1].clamp(min=1)
+        scaled = (accumulator._mean - mean) * accumulator._count.sqrt()
+        accumulator._scatter.addr_(scaled, scaled)
+        accumulator._mean.copy_(mean)
+        accumulator._count.copy_(total[-1])
+    for scatters in _together([accumulator._scatter for accumulator in accumulators]):
+        if len(scatters) == 1:
+            dist.all_reduce(scatters[0], dist.ReduceOp.SUM, group)
+            continue
+        flat = torch.cat([scatter.flatten() for scatter in scatters])
+        dist.all_reduce(flat, dist.ReduceOp.SUM, group)
+        for scatter, reduced in zip(scatters, flat.split([each.numel() for each in scatters]), strict=True):
+            scatter.copy_(reduced.view_as(scatter))
+
+
+def _together(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The tensors in order, so many at a time that a copy of them takes at most REDUCE_BYTES, or one."""
+    part: list[torch.Tensor] = []
+    for tensor in tensors:
+        if part and sum(each.nbytes for each in [*part, tensor]) > REDUCE_BYTES:
+            yield part
+            part = []
+        part.append(tensor)
+    yield part
 
 
 def _chunks(g: torch.Tensor, mask: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -16,6 +16,8 @@ CHUNK_BYTES = 8 * 2**20
 # Only the upper triangle is summed, in bands of this many rows of it: at d = 1024 that is 62.5 % of the products.
 # On the same core narrower bands lost more in the matrix product than they saved.
 TRIANGLE_BAND = 256
+# Sums of several accumulators that are copied together to be exchanged between processes: eight of d = 1024.
+REDUCE_BYTES = 64 * 2**20
 
 # 16-bit rows on a GPU. The matrix unit adds 16 rows at a time: 64 roundings of at most 2^-23 in a chunk, and one of
 # 2^-24 for each chunk of a split when it joins the total. 64 * 2^-23 + 32 * 2^-24 = 9.6e-6 of sum_n |g_ni g_nj|.

@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES
 
 import spd
-from spd import calibration
+from spd import gradients
 from spd.sites import find_sites
 from spd.spans import encode_examples
 
@@ -113,7 +113,7 @@ def test_half_precision_gradients_do_not_underflow(scaled, model, tokenizer, exa
             layer.self_attn.o_proj.weight.mul_(2.0**-10)
     single = spd.calibrate(model, tokenizer, examples, rank=4, progress=False)
     if not scaled:
-        monkeypatch.setattr(calibration, "INITIAL_FP16_SCALE", 1.0)
+        monkeypatch.setattr(gradients, "INITIAL_FP16_SCALE", 1.0)
     half = spd.calibrate(model.half(), tokenizer, examples, rank=4, progress=False)
     overlaps = [
         float(torch.linalg.svdvals(single.v[layer].basis.T @ half.v[layer].basis)[-1]) for layer in single.layers
@@ -124,7 +124,7 @@ def test_half_precision_gradients_do_not_underflow(scaled, model, tokenizer, exa
 def test_an_overflowing_batch_is_taken_again_at_a_smaller_scale(model, tokenizer, examples, monkeypatch):
     model = model.half()
     expected = spd.calibrate(model, tokenizer, examples, rank=4, progress=False)
-    monkeypatch.setattr(calibration, "INITIAL_FP16_SCALE", 2.0**40)
+    monkeypatch.setattr(gradients, "INITIAL_FP16_SCALE", 2.0**40)
     found = spd.calibrate(model, tokenizer, examples, rank=4, progress=False)
     assert found.provenance["rows"] == expected.provenance["rows"]
     for layer in expected.layers:

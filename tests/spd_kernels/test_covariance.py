@@ -551,12 +551,22 @@ import sys
 import torch
 import torch.distributed as dist
 from spd_kernels import GradientCovariance
+from spd_kernels.covariance import api
+from spd_kernels.covariance.api import all_reduce_many
 from spd_kernels.testing import normal
+
+api.REDUCE_BYTES = 8 * (7 * 7 + 3 * 3)  # two of the three below together
 
 
 def accumulated(g):
     accumulator = GradientCovariance(7)
     accumulator.update(g)
+    return accumulator
+
+
+def narrow(g):
+    accumulator = GradientCovariance(3)
+    accumulator.update(g[:, :3])
     return accumulator
 
 
@@ -590,6 +600,12 @@ def run(rank):
         check(accumulator, accumulated(mine))
     else:
         assert rank != 1
+
+    several = [accumulated(mine), GradientCovariance(3), accumulated(mine)]
+    several[1].update(mine[:, :3])
+    all_reduce_many(several)
+    for each in several:
+        check(each, accumulated(rows) if each.d == 7 else narrow(rows))
 
     accumulator = GradientCovariance(4 + rank)
     try:
