@@ -5,7 +5,6 @@ The samples are vLLM's own: same prompts and settings, one seed a prompt, but no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib import import_module
@@ -16,12 +15,13 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from spd.completions import CompletionsFile, Generation
 from spd.errors import InputError
 from spd.export.checkpoint import Checkpoint, open_checkpoint
 from spd.export.folded import export_folded
-from spd.files import sha256
-from spd.generation import CompletionsFile, Generation, check_settings, completed, encode_prompts, end_tokens
+from spd.generation import check_settings, completed, described, encode_prompts, end_tokens
 from spd.progress import bar
+from spd.sampling import Sampling
 from spd.subspace import Subspace
 
 AT_ONCE = 1024
@@ -80,28 +80,22 @@ def generate_with_vllm(
         "model": opened.name,
         "weights": opened.fingerprint(),
         "subspace": None if subspace is None else f"{subspace.sha256} {sides}",
-        "prompts": len(prompts),
-        "prompts_sha256": sha256(json.dumps(prompts)),
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "tag": tag,
+        **described(prompts, Sampling(temperature, top_k, top_p, max_new_tokens, seed), tag),
     }
     store = CompletionsFile(Path(out), settings, prompts) if out is not None else None
-    done = store.done if store else {}
-    missing = [index for index in range(len(prompts)) if index not in done]
-    if not missing:
-        return [done[index] for index in range(len(prompts))]
-
-    vllm = _vllm()
-    ends = _ends(opened, tokenizer)
     with ExitStack() as stack:
+        done = stack.enter_context(store).done if store else {}
+        missing = [index for index in range(len(prompts)) if index not in done]
+        if not missing:
+            return [done[index] for index in range(len(prompts))]
+        vllm = _vllm()
+        ends = _ends(opened, tokenizer)
         folder = opened.folder
         if subspace is not None:
             beside = None if out is None else Path(out).resolve().parent
-            scratch = stack.enter_context(TemporaryDirectory(dir=beside, prefix=".folded-"))
+            # as a file on its way to `out` is named: if this process is killed, the next one removes it
+            name = ".folded" if out is None else f".{Path(out).name}"
+            scratch = stack.enter_context(TemporaryDirectory(dir=beside, prefix=f"{name}.", suffix=".tmp"))
             folder = export_folded(checkpoint, subspace, Path(scratch) / "checkpoint", sides=sides)
         # "vllm": not the checkpoint's settings for sampling, which spd.generate does not use either
         model = vllm.LLM(model=str(folder), seed=seed, generation_config="vllm", **(options or {}))

@@ -1,54 +1,35 @@
-"""Self-generation: one completion per prompt, in length-sorted batches, written as it goes."""
+"""Self-generation: one completion per prompt, in length-sorted batches, written as it goes, by one or many workers."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from spd import distributed
+from spd.completions import SETTINGS, CompletionsFile, Generation, read_generations
+from spd.decoding import Decoder
+from spd.determinism import one_thread, warn_if_not_deterministic
 from spd.errors import InputError
-from spd.files import read_json, read_jsonl, sha256, write_json
-from spd.model_state import input_device, position_limit, preserved
+from spd.files import sha256
+from spd.memory import FittingBatches
+from spd.model_state import position_limit, preserved
+from spd.packed import packed
 from spd.progress import bar
 from spd.provenance import config_hash, model_name, weights_fingerprint
+from spd.sampling import Sampling
 
-SETTINGS = ".settings.json"
+__all__ = ["SETTINGS", "CompletionsFile", "Generation", "generate", "read_generations", "without_room"]
 
-
-@dataclass(frozen=True)
-class Generation:
-    """A completion as it was sampled.
-
-    Args:
-        index: the prompt's position in what was passed.
-        prompt: the prompt.
-        completion: the text after it, without the end-of-sequence token.
-        tokens: the sampled token ids, the end-of-sequence token included; training takes these, since text does not
-            always lead back to the tokens it came from. Empty for text from elsewhere, which is then tokenised.
-        finished: whether the model ended by itself, rather than at the length limit.
-    """
-
-    index: int
-    prompt: str
-    completion: str
-    tokens: list[int]
-    finished: bool
+GROUP = 32
+"""Prompts decoded together where the bytes must not depend on `batch_size`."""
 
 
 def generate(
@@ -63,6 +44,9 @@ def generate(
     max_new_tokens: int = 256,
     batch_size: int = 32,
     seed: int = 42,
+    stop: Sequence[str] = (),
+    deterministic: bool = False,
+    shard: tuple[int, int] | None = None,
     tag: str = "",
     around: Callable[[list[int]], AbstractContextManager[object]] | None = None,
     label: str = "generate",
@@ -75,6 +59,11 @@ def generate(
     resumed run forms the very same batches and ends with the very same completions. Sampling settings that the
     checkpoint carries (repetition penalty, top-k) are not used.
 
+    Several workers share the batches of all prompts: worker i of n takes those whose number leaves i when divided by n.
+    Each appends to a file of its own beside `out`; the last one to finish brings all into `out`. A worker that is
+    started again, or others with another n, go on from whatever is there. Processes that torchrun started are such
+    workers by themselves, and all of them return all completions.
+
     Args:
         model: a causal language model of transformers; attach an intervention first to generate under it.
         tokenizer: its tokenizer.
@@ -85,58 +74,112 @@ def generate(
         top_k: how many of the most likely tokens may be sampled; None: all.
         top_p: nucleus mass, of what temperature and `top_k` leave.
         max_new_tokens: length limit.
-        batch_size: prompts decoded together.
+        batch_size: prompts decoded together at most; halved, with a warning, where they do not fit in memory.
         seed: of the samples.
+        stop: texts at which a completion may end; it still holds the first of them that it came to.
+        deterministic: the same bytes on the same machine, whatever the batch size, the number of workers and of
+            threads: prompts are decoded 32 at a time in one thread. Kept on the CPU in float32; elsewhere a warning
+            says that it cannot be.
+        shard: (i, n): be worker i of n, counted from 0, in a process of its own. With `out` all need the same
+            `batch_size`, which is refused otherwise.
         tag: any text that tells apart what `out` depends on besides the arguments: an intervention, an adapter.
         around: makes the context in which a batch is decoded from the indices of its prompts, in the order of its
-            rows; `Router.generate` uses it.
+            rows; `Router.generate` uses it. It is made anew when rows that have ended leave the batch.
         label: what the progress bar says.
         progress: show it.
 
     Returns:
-        The completions in the order of the prompts.
+        The completions in the order of the prompts. Of a `shard`, those of its own batches, unless all prompts are
+        done and `out` holds them: then all.
 
     Raises:
-        InputError: unusable arguments, a prompt with no token or too long for the model, or an `out` made otherwise.
+        InputError: unusable arguments, a prompt with no token or too long for the model, an `out` made otherwise or in
+            use by another process, or a prompt that does not fit in memory even alone, or where deterministic 32.
     """
-    prompts = list(prompts)
+    if shard is None:
+        distributed.join()
+    prompts, stop = list(prompts), _checked_stop(stop)
     check_settings(temperature, top_k, top_p, max_new_tokens, batch_size, seed)
+    number, count = _checked_shard(shard)
+    together = shard is None and count > 1
+    if together and distributed.is_sharded(model):
+        raise InputError("model: expected a whole copy in every process to generate with, got one that is dealt out")
     encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, seed)
+    if deterministic:
+        warn_if_not_deterministic(model, "generate")
     order = sorted(range(len(prompts)), key=lambda index: (len(encoded[index]), index))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
+    size = GROUP if deterministic else batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)][number::count]
     settings = {
         "model": model_name(model),
         "config_sha256": config_hash(model),
         "weights": weights_fingerprint(model),
+        **described(prompts, sampling, tag),
+        **({"stop": list(stop)} if stop else {}),
+        **({"deterministic": True} if deterministic else {}),
+    }
+    if together:
+        distributed.check_same("generate: the arguments", (settings, batch_size))
+    deal = size if shard else None  # processes of torchrun have the same, and may resume with another
+    store = CompletionsFile(Path(out), settings, prompts, (number, count), deal) if out is not None else None
+    fits = FittingBatches(size, caller="generate", unit="prompts", fixed=deterministic)
+    done: dict[int, Generation] = {}
+
+    with distributed.failing_together() if together else nullcontext(), store or nullcontext():
+        done |= store.done if store else {}
+        own = {index for batch in batches for index in batch}
+        shown = bar(total=len(own), done=len(own & done.keys()), label=label, unit="prompts", show=progress)
+        threads = one_thread() if deterministic else nullcontext()
+        with shown, threads, preserved(model), packed(model), plain_generation_config(model, tokenizer) as config:
+            model.eval()
+            ends = end_tokens(config)
+            decode = Decoder(
+                model,
+                sampling,
+                ends=ends,
+                pad=config.pad_token_id,
+                stopped=_Stop(tokenizer, encoded, stop) if stop else None,
+                around=around,
+            )
+
+            def made(part: Sequence[int]) -> list[Generation]:
+                sampled = decode(part, [encoded[index] for index in part])
+                return [
+                    completed(tokenizer, index, prompts[index], encoded[index], tokens, ends, stop)
+                    for index, tokens in zip(part, sampled, strict=True)
+                ]
+
+            for batch in batches:
+                if all(index in done for index in batch):
+                    continue
+                for part in fits.run(batch, made):
+                    fresh = [generation for generation in part if generation.index not in done]
+                    if store:
+                        store.append(fresh)
+                    done |= {generation.index: generation for generation in fresh}
+                    shown.update(len(fresh))
+        if store and not together and store.merge(order):
+            return [store.done[index] for index in range(len(prompts))]
+    if together:
+        for each in distributed.gather({index: done[index] for index in own}):
+            done |= each
+        with distributed.failing_together():
+            if store and distributed.is_main():
+                store.done |= done  # of machines whose files cannot be seen here, too
+                store.merge(order)
+        own = done.keys()  # type: ignore[assignment]
+    return [done[index] for index in sorted(own)]
+
+
+def described(prompts: Sequence[str], sampling: Sampling, tag: str) -> dict[str, Any]:
+    """What every engine's completions depend on, as it is recorded beside them."""
+    return {
         "prompts": len(prompts),
         "prompts_sha256": sha256(json.dumps(prompts)),
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
+        **asdict(sampling),
         "tag": tag,
     }
-    store = CompletionsFile(Path(out), settings, prompts) if out is not None else None
-    done = store.done if store else {}
-
-    shown = bar(total=len(prompts), done=len(done), label=label, unit="prompts", show=progress)
-    with shown, preserved(model), _plain_generation_config(model, tokenizer):
-        model.eval()
-        for batch in batches:
-            if all(index in done for index in batch):
-                continue
-            with around(batch) if around else nullcontext():
-                fresh = _generate_batch(
-                    model, tokenizer, batch, prompts, encoded, temperature, top_k, top_p, max_new_tokens, seed
-                )
-            fresh = [generation for generation in fresh if generation.index not in done]
-            if store:
-                store.append(fresh)
-            done |= {generation.index: generation for generation in fresh}
-            shown.update(len(fresh))
-    return [done[index] for index in range(len(prompts))]
 
 
 def without_room(
@@ -146,138 +189,6 @@ def without_room(
     return _too_long(model, tokenizer(list(prompts))["input_ids"], max_new_tokens) if prompts else []
 
 
-def read_generations(path: str | Path) -> list[Generation]:
-    """The completions of a finished `out` file, in the order of the prompts.
-
-    Raises:
-        InputError: no such file, a line that is not a completion, or a file that a kill left incomplete.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"generations: there is no file {path}")
-    try:
-        generations = sorted((Generation(**record) for record in read_jsonl(path)), key=lambda each: each.index)
-    except TypeError as error:
-        raise InputError(f"{path}: not written by generate ({error})") from None
-    settings = path.with_suffix(SETTINGS)
-    count = read_json(settings).get("prompts") if settings.is_file() else len(generations)
-    if not isinstance(count, int):
-        raise InputError(f"{settings}: not written by generate (it does not say how many prompts there are)")
-    if [generation.index for generation in generations] != list(range(count)):
-        raise InputError(f"{path}: incomplete, some prompts have no completion yet; run spd generate again")
-    return generations
-
-
-class SeededSampling(LogitsProcessor):
-    """Sampling by the inverse of the cumulative distribution, with uniform numbers that each row brings along.
-
-    Leaves only the sampled token possible, so that greedy decoding picks it.
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_length: int) -> None:
-        self.uniforms = uniforms  # (B, max_new_tokens) in [0, 1)
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniform = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
-        cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
-        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        token = token.clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
-
-
-class CompletionsFile:
-    """The JSON Lines file behind a resumable generation, and its settings beside it."""
-
-    def __init__(self, path: Path, settings: dict[str, Any], prompts: list[str]) -> None:
-        self.path = path
-        self.done: dict[int, Generation] = {}
-        beside = path.with_suffix(SETTINGS)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if beside.exists():
-            found = read_json(beside)
-            changed = sorted(key for key in settings if found.get(key) != settings[key])
-            if changed:
-                raise InputError(
-                    f"{path}: was made with another {', '.join(changed)}; choose another file or delete this one"
-                )
-        elif path.exists():
-            raise InputError(f"{path}: exists but was not written by generate ({beside.name} is missing)")
-        else:
-            write_json(beside, settings)
-        if path.exists():
-            self._recover(prompts)
-
-    def _recover(self, prompts: list[str]) -> None:
-        """Read whole lines; cut off a last one that a kill left torn."""
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                generation = Generation(**json.loads(line))
-                matches = prompts[generation.index] == generation.prompt
-            except (ValueError, TypeError, IndexError):
-                matches = False
-            if not matches:
-                raise InputError(f"{self.path}, line {number}: not a completion of these prompts; delete the file")
-            self.done[generation.index] = generation
-        if len(whole) < len(content):
-            with open(self.path, "r+b") as file:
-                file.truncate(len(whole))
-
-    def append(self, generations: list[Generation]) -> None:
-        lines = "".join(json.dumps(asdict(generation)) + "\n" for generation in generations)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(lines)
-
-
-def _generate_batch(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: list[int],
-    prompts: list[str],
-    encoded: list[list[int]],
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    max_new_tokens: int,
-    seed: int,
-) -> list[Generation]:
-    device = input_device(model)
-    config: GenerationConfig = model.generation_config  # type: ignore[assignment]
-    length = max(len(encoded[index]) for index in batch)
-    tokens = torch.full((len(batch), length), config.pad_token_id or 0)
-    mask = torch.zeros_like(tokens)
-    for row, index in enumerate(batch):
-        tokens[row, length - len(encoded[index]) :] = torch.tensor(encoded[index])
-        mask[row, length - len(encoded[index]) :] = 1
-
-    processors = LogitsProcessorList()
-    if temperature > 0:
-        uniforms = np.stack([np.random.default_rng([seed, index]).random(max_new_tokens) for index in batch])
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k is not None:
-            processors.append(TopKLogitsWarper(top_k))
-        if top_p < 1.0:
-            processors.append(TopPLogitsWarper(top_p))
-        processors.append(SeededSampling(torch.from_numpy(uniforms).to(device), length))
-    with torch.inference_mode():
-        output = model.generate(  # type: ignore[operator]
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=processors,
-        )[:, length:].cpu()
-
-    ends = set(end_tokens(config))
-    generations = []
-    for row, index in enumerate(batch):
-        sampled = output[row].tolist()
-        generations.append(completed(tokenizer, index, prompts[index], encoded[index], sampled, ends))
-    return generations
-
-
 def completed(
     tokenizer: PreTrainedTokenizerBase,
     index: int,
@@ -285,16 +196,34 @@ def completed(
     encoded: list[int],
     sampled: list[int],
     ends: Collection[int],
+    stop: Sequence[str] = (),
 ) -> Generation:
     """What was sampled behind a prompt, up to and including the first of the tokens that end a text."""
     end = next((position for position, token in enumerate(sampled) if token in ends), None)
+    completion = _continuation(tokenizer, encoded, sampled[:end])
     return Generation(
         index=index,
         prompt=prompt,
-        completion=_continuation(tokenizer, encoded, sampled[:end]),
+        completion=completion,
         tokens=sampled if end is None else sampled[: end + 1],
-        finished=end is not None,
+        finished=end is not None or any(text in completion for text in stop),
     )
+
+
+class _Stop:
+    """Whether a completion has come to one of the texts that it may end at, asked after every token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[list[int]], stop: Sequence[str]) -> None:
+        self._tokenizer, self._encoded, self._stop = tokenizer, encoded, stop
+        self._width = max(len(text.encode()) for text in stop) + 1  # a token is a byte at least
+
+    def __call__(self, index: int, sampled: list[int]) -> bool:
+        # the last tokens by themselves are quickly decoded; they may lack a leading space, so then the whole is asked
+        tail = str(self._tokenizer.decode(sampled[-self._width :], skip_special_tokens=True))
+        if not any(text in tail for text in self._stop):
+            return False
+        whole = _continuation(self._tokenizer, self._encoded[index], sampled)
+        return any(text in whole for text in self._stop)
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], sampled: list[int]) -> str:
@@ -307,7 +236,7 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], sampled
 
 
 @contextmanager
-def _plain_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def plain_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[GenerationConfig]:
     """Only the special tokens of the model's own generation settings inside the block.
 
     A peft model copies its settings to the model inside, which gets its own back as well.
@@ -317,13 +246,14 @@ def _plain_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerBas
     inner_own = inner.generation_config
     ends = end_tokens(own) or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
     candidates = (tokenizer.pad_token_id, own.pad_token_id, ends[0] if ends else None, 0)
-    model.generation_config = GenerationConfig(  # type: ignore[assignment]
+    plain = GenerationConfig(
         bos_token_id=own.bos_token_id,
         eos_token_id=ends or None,
         pad_token_id=next(token for token in candidates if token is not None),
     )
+    model.generation_config = plain  # type: ignore[assignment]
     try:
-        yield
+        yield plain
     finally:
         model.generation_config = own  # type: ignore[assignment]
         inner.generation_config = inner_own
@@ -340,6 +270,10 @@ def encode_prompts(
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"prompts: expected strings, got {type(prompt).__name__} at index {index}")
+        if not prompt.isascii() and re.search("[\ud800-\udfff]", prompt):
+            raise InputError(
+                f"prompts: half of a surrogate pair, which is no character, in {prompt!r:.60} at index {index}"
+            )
     encoded = [list(tokens) for tokens in tokenizer(prompts)["input_ids"]] if prompts else []
     empty = [index for index, tokens in enumerate(encoded) if not tokens]
     if empty:
@@ -371,3 +305,18 @@ def check_settings(
     for name, value, least in whole + ([("top_k", top_k, 1)] if top_k is not None else []):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+def _checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise InputError(f"stop: expected non-empty texts in a list, got {stop!r}")
+    return tuple(stop)
+
+
+def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
+    if shard is None:
+        return distributed.rank(), distributed.size()
+    whole = isinstance(shard, (tuple, list)) and len(shard) == 2 and all(type(each) is int for each in shard)
+    if not (whole and 0 <= shard[0] < shard[1]):
+        raise InputError(f"shard: expected (i, n) with 0 <= i < n, got {shard!r}")
+    return shard[0], shard[1]

@@ -1,7 +1,9 @@
 """Generation with vLLM: what it is asked, and what is written; with vLLM itself where it is installed."""
 
 import json
+import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -97,8 +99,12 @@ def test_a_subspace_is_folded_for_the_time_it_takes(vllm, checkpoint, prompts, s
     subspace = subspace_of(model)
     subspace.save_pretrained(tmp_path / "subspace")
     out = tmp_path / "run" / "completions.jsonl"
+    killed = out.parent / ".completions.jsonl.abcdefgh.tmp" / "checkpoint"
+    killed.mkdir(parents=True)
     generate_with_vllm(checkpoint, prompts, subspace=tmp_path / "subspace", out=out, progress=False)
-    assert not vllm.engines[0][0].startswith(str(checkpoint))
+    folder = Path(vllm.engines[0][0])
+    assert folder.parent.parent == out.parent
+    assert re.fullmatch(r"\.completions\.jsonl\.[a-z0-9_]{8}\.tmp", folder.parent.name), "found again after a kill"
     u = subspace.v[3].basis
     plain = model.state_dict()["model.layers.3.self_attn.v_proj.weight"]
     torch.testing.assert_close(vllm.projected[0], u @ (u.T @ plain), rtol=1e-5, atol=1e-5)

@@ -5,10 +5,18 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import spd
-from spd.generation import SeededSampling, read_generations
+from spd.generation import read_generations
+from spd.sampling import Sampling
 
 
 def sample(model, tokenizer, prompts, **changes):
@@ -38,12 +46,16 @@ def test_greedy_decoding_is_that_of_transformers(model, tokenizer, prompts):
         assert generation.completion == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def sampling(**changes):
+    return Sampling(**({"temperature": 1.0, "top_k": None, "top_p": 1.0, "max_new_tokens": 1, "seed": 0} | changes))
+
+
 def test_sampling_follows_the_distribution():
     torch.manual_seed(0)
     scores = torch.randn(1, 5)
     n = 20000
-    uniforms = torch.rand(n, 1, dtype=torch.float64)
-    chosen = SeededSampling(uniforms, prompt_length=3)(torch.zeros(n, 3), scores.expand(n, 5)).argmax(-1)
+    uniforms = torch.rand(n, dtype=torch.float64)
+    chosen = sampling().choose(scores.expand(n, 5), uniforms)
     shares = torch.bincount(chosen, minlength=5) / n
     expected = scores[0].softmax(-1)
     assert ((shares - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()).all()
@@ -51,9 +63,23 @@ def test_sampling_follows_the_distribution():
 
 def test_an_impossible_token_is_never_sampled():
     scores = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, 5)
-    uniforms = torch.tensor([[0.0], [0.5], [1 - 1e-16]], dtype=torch.float64)
-    chosen = SeededSampling(uniforms, prompt_length=1)(torch.zeros(3, 1), scores).argmax(-1)
-    assert chosen.tolist() == [1, 3, 3]
+    uniforms = torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)
+    assert sampling().choose(scores, uniforms).tolist() == [1, 3, 3]
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])  # a nucleus of most tokens, of hundreds, of a few
+@pytest.mark.parametrize("vocabulary", [40, 4000])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.9), (7, 0.9), (7, 1.0), (None, 0.3)])
+def test_what_may_be_sampled_is_what_transformers_leaves(vocabulary, spread, top_k, top_p):
+    torch.manual_seed(0)
+    scores = spread * torch.randn(16, vocabulary)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7)])
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    cumulative = warpers(None, scores).double().softmax(-1).cumsum(-1)
+    uniforms = torch.rand(16, dtype=torch.float64)
+    expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    assert torch.equal(sampling(temperature=0.7, top_k=top_k, top_p=top_p).choose(scores, uniforms), expected)
 
 
 def test_a_small_nucleus_is_greedy(model, tokenizer, prompts):
@@ -137,7 +163,7 @@ def test_a_torn_file_is_completed_to_the_same_completions(model, tokenizer, prom
 def test_a_finished_file_is_not_generated_again(model, tokenizer, prompts, tmp_path, monkeypatch):
     out = tmp_path / "g.jsonl"
     expected = sample(model, tokenizer, prompts, out=out)
-    monkeypatch.setattr(model, "generate", None)
+    monkeypatch.setattr("spd.decoding.Decoder.__call__", None)
     assert sample(model, tokenizer, prompts, out=out) == expected
 
 
