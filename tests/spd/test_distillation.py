@@ -9,11 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 import spd
-from spd import distillation
-from spd.distillation import PRESETS, _collate, _encode
+from spd.recipe import PRESETS
+from spd.training.texts import IGNORED, collate, encode
 
 FAST = spd.Recipe(epochs=6, batch_size=4, learning_rate=2e-2, lora_dropout=0.1)
 
@@ -89,100 +88,42 @@ def test_the_adapter_is_a_plain_peft_adapter(model, make_model, tokenizer, gener
 def test_the_loss_is_on_prompt_and_completion_and_never_on_padding(tokenizer):
     long = spd.Generation(0, "Question: how many?\nAnswer:", " there are 12", [], finished=True)
     short = spd.Generation(1, "Q:", " 1", [], finished=False)
-    rows = [_encode(tokenizer, generation, spd.Recipe()) for generation in (long, short)]
-    assert rows[0]["input_ids"] == tokenizer(long.prompt + long.completion)["input_ids"] + [tokenizer.eos_token_id]
-    assert rows[1]["input_ids"] == tokenizer("Q: 1")["input_ids"], "no end where the model did not end"
-    batch = _collate(rows)
+    rows = [encode(tokenizer, generation, spd.Recipe()) for generation in (long, short)]
+    assert rows[0].tokens == tokenizer(long.prompt + long.completion)["input_ids"] + [tokenizer.eos_token_id]
+    assert rows[1].tokens == tokenizer("Q: 1")["input_ids"], "no end where the model did not end"
+    batch = collate(rows)
     real = batch["attention_mask"].bool()
-    assert real.sum(1).tolist() == [len(row["input_ids"]) for row in rows]
+    assert real.sum(1).tolist() == [len(row.tokens) for row in rows]
     assert torch.equal(batch["labels"][real], batch["input_ids"][real])
-    assert (batch["labels"][~real] == -100).all()
+    assert (batch["labels"][~real] == IGNORED).all()
 
 
 def test_the_loss_can_be_on_the_completion_only(tokenizer):
     generation = spd.Generation(0, "Question:", " there are 12", [], finished=True)
-    row = _encode(tokenizer, generation, spd.Recipe(prompt_loss=False))
+    row = encode(tokenizer, generation, spd.Recipe(prompt_loss=False))
     prompt_length = len(tokenizer("Question:")["input_ids"])
-    assert row["labels"] == [-100] * prompt_length + row["input_ids"][prompt_length:]
+    assert row.labels == [IGNORED] * prompt_length + row.tokens[prompt_length:]
+    assert row.targets == len(row.tokens) - prompt_length
 
 
 def test_long_sequences_are_cut(tokenizer):
     generation = spd.Generation(0, "z" * 50, "y" * 50, [], finished=True)
     for prompt_loss in (True, False):
-        row = _encode(tokenizer, generation, spd.Recipe(max_length=16, prompt_loss=prompt_loss))
-        assert len(row["input_ids"]) == len(row["labels"]) == 16
+        row = encode(tokenizer, generation, spd.Recipe(max_length=16, prompt_loss=prompt_loss))
+        assert len(row.tokens) == len(row.labels) == 16 and row.cut
 
 
 def test_what_is_trained_is_what_was_sampled(tokenizer):
     """Text does not always lead back to its tokens, and a model may have several end tokens."""
     prompt, sampled = tokenizer("Question:")["input_ids"], [40, 41, 42, 7]
     generation = spd.Generation(0, "Question:", tokenizer.decode(sampled[:-1]), sampled, finished=True)
-    assert _encode(tokenizer, generation, spd.Recipe())["input_ids"] == prompt + sampled
+    assert encode(tokenizer, generation, spd.Recipe()).tokens == prompt + sampled
 
 
 def test_completions_without_a_token_to_train_on_are_refused(model, tokenizer, tmp_path):
     cut = [spd.Generation(0, "z" * 50, "y" * 50, [], finished=True)]
     with pytest.raises(spd.InputError, match="with a token to train on"):
         train(model, tokenizer, cut, tmp_path / "adapter", spd.Recipe(max_length=16, prompt_loss=False))
-
-
-def test_an_interrupted_training_ends_as_an_undisturbed_one(
-    model, tokenizer, generations, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(distillation, "CHECKPOINT_STEPS", 7)
-    undisturbed = train(model, tokenizer, generations, tmp_path / "undisturbed")
-
-    class Pull(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 16:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(distillation, "_progress_callback", lambda label, show: Pull())
-    with pytest.raises(KeyboardInterrupt):
-        train(model, tokenizer, generations, tmp_path / "adapter")
-    monkeypatch.undo()
-    monkeypatch.setattr(distillation, "CHECKPOINT_STEPS", 7)
-    assert not (tmp_path / "adapter").exists()
-    assert not hasattr(model, "peft_config")
-    checkpoints = tmp_path / "adapter.checkpoints"
-    assert (checkpoints / "checkpoint-14" / "complete").is_file()
-    (checkpoints / "checkpoint-999").mkdir()  # as if torn while it was written
-
-    with pytest.raises(spd.InputError, match=r"adapter\.checkpoints: is of a training with another recipe"):
-        train(model, tokenizer, generations, tmp_path / "adapter", spd.Recipe())
-
-    resumed_from = []
-    train_from = distillation._last_complete_checkpoint
-    monkeypatch.setattr(
-        distillation,
-        "_last_complete_checkpoint",
-        lambda work: resumed_from.append(train_from(work)) or resumed_from[-1],
-    )
-    resumed = train(model, tokenizer, generations, tmp_path / "adapter")
-    assert resumed_from[0].endswith("checkpoint-14")
-    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (undisturbed, resumed))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not checkpoints.exists()
-
-
-def test_a_finished_adapter_is_kept_or_refused(model, tokenizer, generations, tmp_path, monkeypatch):
-    out = train(model, tokenizer, generations, tmp_path / "adapter")
-    monkeypatch.setattr(distillation, "_train", None)
-    assert train(model, tokenizer, generations, tmp_path / "adapter") == out
-    (tmp_path / "adapter.checkpoints").mkdir()  # as a kill right after the adapter was finished leaves it
-    (tmp_path / "adapter.checkpoints" / "key.json").write_text("{}")
-    assert train(model, tokenizer, generations, tmp_path / "adapter") == out
-    assert not (tmp_path / "adapter.checkpoints").exists()
-    with pytest.raises(spd.InputError, match="another data_sha256"):
-        train(model, tokenizer, generations[1:], out)
-    with pytest.raises(spd.InputError, match="another recipe"):
-        train(model, tokenizer, generations, out, spd.Recipe())
-    weights = out / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    for use in (lambda: train(model, tokenizer, generations, out), lambda: spd.adapted(model, out).__enter__()):
-        with pytest.raises(spd.InputError, match="truncated or altered"):
-            use()
 
 
 def test_what_is_not_ours_is_not_deleted(model, tokenizer, generations, tmp_path):

@@ -1,0 +1,1 @@
+"""What `spd.distill` trains with: texts, loss, checkpoints, and transformers' Trainer on one process or many."""
