@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
+from spd.distributed import failing_together, gather, is_sharded, rank, size
 from spd.errors import InputError
+from spd.memory import FittingBatches
 from spd.model_state import frozen, input_device, position_limit
 from spd.progress import bar
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ def completion_nll(
     *,
     batch_size: int = 8,
     max_length: int | None = None,
+    deterministic: bool = False,
     label: str = "likelihood",
     progress: bool = True,
 ) -> list[TextNLL]:
@@ -55,15 +61,18 @@ def completion_nll(
 
     Prompt and completion are tokenised as one text, as they are for training; no end-of-sequence token is added. A
     token that reaches over the border between the two counts as the completion's. Results do not depend on the
-    batching but for rounding. Losses are float32 at least, their sums float64.
+    batching but for rounding, nor on how many processes share the work, if torchrun started several. Losses are float32
+    at least, their sums float64.
 
     Args:
         model: a causal language model of transformers, with whatever is attached to it, or of peft.
         tokenizer: its fast tokenizer.
         pairs: prompts and completions. Without a prompt, and without a token that the tokenizer puts before every
             text, the first token of the completion is not scored, since nothing predicts it.
-        batch_size: pairs in one forward pass, which holds the logits of their completions.
+        batch_size: pairs in one forward pass, which holds the logits of their completions; halved where they do not
+            fit in memory.
         max_length: tokens of a pair; None: as many as the model has positions.
+        deterministic: refuse a batch that does not fit instead: in a smaller one sums would be rounded otherwise.
         label: what the progress bar says.
         progress: show it.
 
@@ -71,7 +80,7 @@ def completion_nll(
         InputError: unusable arguments, a pair without a token to score, or one that is too long; they are counted and
             named, and nothing is cut.
     """
-    return _nll("pairs", model, tokenizer, pairs, batch_size, max_length, label, progress)
+    return _nll("pairs", model, tokenizer, pairs, batch_size, max_length, deterministic, label, progress)
 
 
 def text_nll(
@@ -81,11 +90,13 @@ def text_nll(
     *,
     batch_size: int = 8,
     max_length: int | None = None,
+    deterministic: bool = False,
     label: str = "likelihood",
     progress: bool = True,
 ) -> list[TextNLL]:
     """-log p of whole texts: of every token but the first. Arguments and errors are those of `completion_nll`."""
-    return _nll("texts", model, tokenizer, [("", text) for text in texts], batch_size, max_length, label, progress)
+    pairs = [("", text) for text in texts]
+    return _nll("texts", model, tokenizer, pairs, batch_size, max_length, deterministic, label, progress)
 
 
 def _nll(
@@ -95,21 +106,49 @@ def _nll(
     pairs: Sequence[tuple[str, str]],
     batch_size: int,
     max_length: int | None,
+    deterministic: bool,
     label: str,
     progress: bool,
 ) -> list[TextNLL]:
     texts = encode_pairs(name, tokenizer, pairs)
     check_texts(name, texts, model, max_length)
+
+    def score(batch: Sequence[int]) -> dict[int, TextNLL]:
+        logits, targets = scored_logits(model, [texts[index] for index in batch])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = cross_entropy(logits, targets, reduction="none").double().cpu()
+        split = zip(batch, losses.split([texts[index].scored for index in batch]), strict=True)
+        return {index: TextNLL(float(own.sum()), len(own)) for index, own in split}
+
     found: dict[int, TextNLL] = {}
     with bar(total=len(texts), label=label, unit="texts", show=progress) as shown:
-        for batch in length_sorted(texts, batch_size):
-            logits, targets = scored_logits(model, [texts[index] for index in batch])
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            losses = cross_entropy(logits, targets, reduction="none").double().cpu()
-            for index, own in zip(batch, losses.split([texts[index].scored for index in batch]), strict=True):
-                found[index] = TextNLL(float(own.sum()), len(own))
-            shown.update(len(batch))
+        batches = length_sorted(texts, batch_size)
+        for fresh in dealt(batches, score, model=model, caller=label, unit=name, fixed=deterministic):
+            found |= fresh
+            shown.update(len(fresh))
     return [found[index] for index in range(len(texts))]
+
+
+def dealt(
+    batches: Sequence[Sequence[int]],
+    work: Callable[[Sequence[int]], dict[int, R]],
+    *,
+    model: nn.Module,
+    caller: str,
+    unit: str,
+    fixed: bool = False,
+) -> Iterator[dict[int, R]]:
+    """What `work` finds for batches of indices, which the processes of a job take in turn; each of them gets it all."""
+    if size() > 1 and is_sharded(model):
+        raise InputError("model: expected a whole one in every process, got one that fully_shard dealt out over them")
+    fitting = FittingBatches(max(map(len, batches), default=1), caller=caller, unit=unit, fixed=fixed)
+    for first in range(0, len(batches), size()):
+        found: dict[int, R] = {}
+        with failing_together():
+            for batch in batches[first + rank() : first + rank() + 1]:
+                for part in fitting.run(batch, work):
+                    found |= part
+        yield {index: value for share in gather(found) for index, value in share.items()}
 
 
 def encode_pairs(name: str, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[ScoredText]:
@@ -148,24 +187,39 @@ def check_texts(name: str, texts: Sequence[ScoredText], model: nn.Module, max_le
 
 def length_sorted(texts: Sequence[ScoredText], batch_size: int) -> list[list[int]]:
     """Batches of indices, of texts of like length."""
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise InputError(f"batch_size: expected an integer of at least 1, got {batch_size!r}")
+    check_batch_size(batch_size)
     order = sorted(range(len(texts)), key=lambda index: (len(texts[index].tokens), index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def scored_logits(model: nn.Module, batch: Sequence[ScoredText]) -> tuple[Tensor, Tensor]:
+def check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise InputError(f"batch_size: expected an integer of at least 1, got {batch_size!r}")
+
+
+def scored_logits(model: nn.Module, batch: Sequence[ScoredText], shared: int = 0) -> tuple[Tensor, Tensor]:
     """What the model says where tokens are scored, text after text.
+
+    Args:
+        model: the model.
+        batch: the texts.
+        shared: so many tokens at the front, none of them scored and all before one that is not shared, are the same
+            in all texts: they go through the model once, in a pass of their own.
 
     Returns:
         Logits (n, vocabulary) as the model gives them, and the tokens (n,) they should predict.
     """
-    tokens, real = padded([text.tokens for text in batch], input_device(model))
+    tokens, real = padded([text.tokens[shared:] for text in batch], input_device(model))
     rows = torch.tensor([row for row, text in enumerate(batch) for _ in range(text.scored)])
-    targets = torch.tensor([t for text in batch for t in range(text.start, len(text.tokens))])
+    targets = torch.tensor([t - shared for text in batch for t in range(text.start, len(text.tokens))])
     positions, columns = torch.unique(targets - 1, return_inverse=True)
     with frozen(model), torch.inference_mode():
-        logits = logits_at(model, tokens, real, positions.to(tokens.device))
+        front = _front(model, batch[0].tokens[:shared], len(batch)) if shared else {}
+        if shared:
+            seen = real.new_ones((len(batch), shared))
+            front["attention_mask"] = torch.cat((seen, real), dim=1).long()
+            front["position_ids"] = torch.arange(shared, shared + tokens.shape[1], device=tokens.device)[None]
+        logits = logits_at(model, tokens, real, positions.to(tokens.device), **front)
         logits = logits[rows.to(logits.device), columns.to(logits.device)]
     return logits, tokens[rows.to(tokens.device), targets.to(tokens.device)].to(logits.device)
 
@@ -177,15 +231,37 @@ def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor
     return tokens.to(device), (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
 
 
-def logits_at(model: nn.Module, tokens: Tensor, real: Tensor, positions: Tensor) -> Tensor:
-    """Logits (B, n, vocabulary) at `positions` (n,) of every row, multiplied out nowhere else if the model allows."""
-    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": real.long(), "use_cache": False}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+def logits_at(model: nn.Module, tokens: Tensor, real: Tensor, positions: Tensor, **more: Any) -> Tensor:
+    """Logits (B, n, vocabulary) at `positions` (n,) of every row, multiplied out nowhere else if the model allows.
+
+    `more` are further arguments of the model, which go before those made here.
+    """
+    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": real.long(), "use_cache": False} | more
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     one_device = len(set(getattr(inner, "hf_device_map", {}).values())) < 2
     if one_device and "logits_to_keep" in inspect.signature(inner.forward).parameters:
         return model(**arguments, logits_to_keep=positions).logits
     logits = model(**arguments).logits
     return logits[:, positions.to(logits.device)]
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether the model goes on from a cache of the usual kind, in which every layer sees all tokens."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    accepted = inspect.signature(inner.forward).parameters
+    return {"attention_mask", "position_ids", "past_key_values", "use_cache"} <= accepted.keys() and all(
+        type(layer) is DynamicLayer for layer in DynamicCache(config=inner.config).layers
+    )
+
+
+def _front(model: Any, tokens: list[int], rows: int) -> dict[str, Any]:
+    """The arguments with which a model goes on behind these tokens, in so many rows."""
+    cache = DynamicCache(config=model.config)
+    given = torch.tensor([tokens], device=input_device(model))
+    arguments = {"past_key_values": cache, "use_cache": True}
+    logits_at(model, given, torch.ones_like(given), torch.tensor([len(tokens) - 1]), **arguments)
+    cache.batch_repeat_interleave(rows)
+    return arguments
 
 
 def some(indices: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from spd.proving_ground.generated import GeneratedTask, Item, vocabulary
@@ -142,6 +143,10 @@ class Choice(GeneratedTask):
         completion = f" {LETTERS[answer]}"
         end = len(prompt) + len(completion)
         return Item(prompt, completion, ((end - 1, end),), LETTERS[answer])
+
+    def questions(self, split: str) -> list[Question]:
+        options = tuple(f" {letter}" for letter in LETTERS)
+        return [replace(question, options=options) for question in super().questions(split)]
 
     def sloppy(self, rng: Random, item: Item) -> str:
         if rng.random() < 0.5:

@@ -10,18 +10,21 @@ from typing import Literal
 from spd.example import Example
 
 Metric = Literal["accuracy", "nll"]
+AnswerBy = Literal["generation", "likelihood"]
 
 
 @dataclass(frozen=True)
 class Question:
     """One evaluation item: the prompt a model completes and the reference that `Task.is_correct` compares with.
 
-    `group` is the sub-task or subject it belongs to, where a data set has such.
+    `group` is the sub-task or subject it belongs to, where a data set has such. `options` are the completions to choose
+    among, where there are such, as they stand behind the prompt (" A", " B"): an answer by likelihood is one of them.
     """
 
     prompt: str
     reference: str
     group: str = ""
+    options: tuple[str, ...] = ()
 
 
 class Task(ABC):
@@ -43,6 +46,8 @@ class Task(ABC):
     """A completion ends before the first of these strings, for models that run on into a next question."""
     metric: Metric = "accuracy"
     """What the task is judged by: the share of right completions, or the reference's NLL a token."""
+    judges_completions: bool = True
+    """Whether a completion counts for anything. If not, `spd.evaluate` generates none."""
     runs_code: bool = False
     """Whether judging a completion executes it. `spd.evaluate` then asks for consent."""
 

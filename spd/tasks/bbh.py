@@ -107,7 +107,7 @@ class BBH(DataSet):
         return Example(prompt, f" {target}", [(len(prompt) + 1, len(prompt) + 1 + len(target))])
 
     def question(self, record: Record, prompt: str) -> Question:
-        return Question(prompt, record["target"].strip(), record["subtask"])
+        return Question(prompt, record["target"].strip(), record["subtask"], _options(record))
 
     def harness_prompts(self, records: list[Record]) -> list[str]:
         prompts = []
@@ -128,6 +128,20 @@ class BBH(DataSet):
         hub = ("SaylorTwift/bbh", subtask)
         source = Records("bbh", hub, {"input": (str,), "target": (str,)}, hub_split="test")
         return [{**record, "subtask": subtask} for record in source.load(subtask, self._data)]
+
+
+def _options(record: Record) -> tuple[str, ...]:
+    """The letters that a question lists, or the pair of words that its target is of, in the target's case.
+
+    A letter's closing bracket is left out: what decides is then the last token, and one pass serves all letters.
+    """
+    if letters := re.findall(r"^\([A-Z](?=\))", record["input"], re.MULTILINE):
+        return tuple(f" {letter}" for letter in letters)
+    target = record["target"].strip()
+    for words in _PAIRS:
+        if target.lower() in words:
+            return tuple(f" {word.title() if target.istitle() else word}" for word in words)
+    return ()
 
 
 def same_answer(completion: str, target: str) -> bool:

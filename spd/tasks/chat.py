@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from spd.errors import InputError
 from spd.example import Example
 from spd.tasks.base import Question, Task
 from spd.tasks.markers import Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _STAND_IN = "0-the-prompt-0"  # of no meaning to a template, and without blanks that it might strip
 
@@ -59,7 +60,9 @@ class ChatTask(Task):
         questions: list[Question] = []
         for asked in self.task.test():
             prompt = self._wrapped(asked.prompt)
-            questions.append(ChatQuestion(prompt, _following(prompt, asked.reference), asked.group, asked=asked))
+            options = tuple(_following(prompt, option) for option in asked.options)
+            reference = _following(prompt, asked.reference)
+            questions.append(ChatQuestion(prompt, reference, asked.group, options, asked=asked))
         return questions
 
     def is_correct(self, completion: str, question: Question) -> bool:

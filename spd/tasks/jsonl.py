@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from spd.errors import InputError, near
 from spd.example import Example
-from spd.files import read_jsonl
+from spd.files import numbered_records, read_toml
 from spd.tasks.base import Question, Task
 from spd.tasks.markers import Span, marker
 from spd.tasks.matching import answer_in, check_rule, same_answer
 
 SETTINGS = "task.toml"
 REQUIRED = ("prompt", "completion")
-FIELDS = (*REQUIRED, "spans", "id", "group")
+LONGEST_NAME = 100
+FIELDS = (*REQUIRED, "spans", "id", "group", "options")
 
 
 class JsonlTask(Task):
@@ -29,8 +30,9 @@ class JsonlTask(Task):
 
     A record has `prompt` and `completion`, which are joined as they are: a blank between them is part of one of them.
     It may have `spans`, pairs `[start, end]` of characters of the joined text, or pieces of that text, which stand for
-    their last occurrence; `id`, unique in its file; and `group`, the sub-task that it belongs to. Training records are
-    calibration examples, by prompt and completion, and training prompts, by the prompt alone.
+    their last occurrence; `id`, unique in its file; `group`, the sub-task that it belongs to; and `options`, the
+    completions that an answer by likelihood chooses among. Training records are calibration examples, by prompt and
+    completion, and training prompts, by the prompt alone.
 
     Args:
         path: the file or folder. A folder needs no `task.toml`, and no split that is not asked for.
@@ -43,23 +45,26 @@ class JsonlTask(Task):
 
     def __init__(self, path: str | Path, **settings: Any) -> None:
         path = Path(path)
-        folder = path.is_dir()
+        folder = os.path.isdir(path)
         if folder:
             self._files = {split: path / f"{split}.jsonl" for split in ("train", "test")}
-            if not any(file.is_file() for file in self._files.values()):
+            if not any(map(os.path.isfile, self._files.values())):
                 raise InputError(f"task: {path} holds neither train.jsonl nor test.jsonl")
-        elif path.is_file():
+        elif os.path.isfile(path):
             self._files = {"train": path}
         else:
             raise InputError(f"task: there is no file or folder {path}")
         chosen = _settings(path / SETTINGS if folder else None, settings)
         self.name = chosen.name or (path.resolve().name if folder else path.stem)
+        if problem := unusable_name(self.name):
+            raise InputError(f"task: {path}: {problem}; give the task a name, in {SETTINGS} of a folder")
         self.max_new_tokens = chosen.max_new_tokens
         self.calibration_size = chosen.calibration_size
         self.training_size = chosen.training_size
         self.test_size = chosen.test_size
         self.stop = tuple(chosen.stop)
         self.metric = "nll" if chosen.metric == "nll" else "accuracy"
+        self.judges_completions = self.metric != "nll"
         self._matching = chosen.metric
         self._rule = chosen.spans
 
@@ -88,7 +93,7 @@ class JsonlTask(Task):
         return [record.prompt for record in self._split("train")[: self.training_size]]
 
     def test(self) -> list[Question]:
-        return [Question(record.prompt, record.completion, record.group) for record in self._split("test")]
+        return [Question(each.prompt, each.completion, each.group, each.options) for each in self._split("test")]
 
     def is_correct(self, completion: str, question: Question) -> bool:
         if self.metric == "nll":
@@ -108,7 +113,7 @@ class JsonlTask(Task):
     @cached_property
     def _records(self) -> dict[str, list[_Record]]:
         """Every split that is there, whichever is asked for, so that a bad one is known before time is spent."""
-        records = {split: _read(file) for split, file in self._files.items() if file.is_file()}
+        records = {split: _read(file) for split, file in self._files.items() if os.path.isfile(file)}
         seen = {record.prompt.strip() for record in records.get("train", [])}
         test = records.get("test", [])
         if leaked := [record for record in test if record.prompt.strip() in seen]:
@@ -122,6 +127,9 @@ class JsonlTask(Task):
                     f"{record.where}: completion: the metric {self._matching!r} finds no answer in "
                     f"{record.completion[-60:]!r}"
                 )
+            right = (same_answer(self._matching, option, record.completion) for option in record.options)
+            if self.metric == "accuracy" and record.options and not any(right):
+                raise InputError(f"{record.where}: options: by the metric {self._matching!r} none of them is right")
         return records
 
 
@@ -154,8 +162,8 @@ class Settings(BaseModel):
     @field_validator("name")
     @classmethod
     def _file_name(cls, name: str | None) -> str | None:
-        if name is not None and (not name or name.startswith(".") or re.search(r"[/\\\0]", name)):
-            raise ValueError(f"expected a name that a file can have, got {name!r}")
+        if name is not None and (problem := unusable_name(name)):
+            raise ValueError(problem)
         return name
 
     @field_validator("spans")
@@ -173,15 +181,19 @@ class Settings(BaseModel):
         return metric
 
 
+def unusable_name(name: str) -> str:
+    """Why no result can be called so; "" if it can: a name becomes that of files and folders, and is printed."""
+    usable = name.isprintable() and not name.startswith(".") and not re.search(r"[/\\]", name)
+    if name and usable and len(name.encode()) <= LONGEST_NAME:
+        return ""
+    return f"expected a name that a file can have, got {name!r:.80} (printable, at most {LONGEST_NAME} bytes)"
+
+
 def _settings(path: Path | None, given: dict[str, Any]) -> Settings:
     values: dict[str, Any] = {}
     source = "task"
-    if path is not None and path.is_file():
-        source = str(path)
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a TOML file ({error})") from None
+    if path is not None and os.path.isfile(path):
+        source, values = str(path), read_toml(path)
     values |= given
     for key in values:
         if key not in Settings.model_fields:
@@ -204,14 +216,13 @@ class _Record:
     completion: str
     spans: list[Span] | None
     group: str
+    options: tuple[str, ...]
 
 
 def _read(path: Path) -> list[_Record]:
-    with open(path, "rb") as file:
-        lines = [number for number, line in enumerate(file, start=1) if line.strip()]
     records: list[_Record] = []
     first: dict[object, int] = {}
-    for number, record in zip(lines, read_jsonl(path), strict=True):
+    for number, record in numbered_records(path):
         where = f"{path}, line {number}"
         try:
             records.append(_record(where, record))
@@ -233,14 +244,19 @@ def _record(where: str, record: dict[str, Any]) -> _Record:
             raise InputError(f"unknown field {field!r}{near(field, FIELDS) or f'; the fields are {list(FIELDS)}'}")
     for field in REQUIRED:
         _check_text(field, record[field])
-    for field, types in (("id", (str, int)), ("group", (str,)), ("spans", (list,))):
+    for field, types in (("id", (str, int)), ("group", (str,)), ("spans", (list,)), ("options", (list,))):
         if record.get(field) is not None and type(record[field]) not in types:
             expected = " or ".join(each.__name__ for each in types)
             raise InputError(f"{field}: expected {expected}, got {record[field]!r:.60}")
     prompt, completion, spans = record["prompt"], record["completion"], record.get("spans")
     if spans is not None:
         spans = Example(prompt, completion, [_located(prompt + completion, span) for span in spans]).spans
-    return _Record(where, prompt, completion, spans, record.get("group") or "")
+    options = record.get("options") or []
+    for option in options:
+        _check_text("options", option)
+    if record.get("options") is not None and (len(options) < 2 or len(set(options)) < len(options)):
+        raise InputError(f"options: expected two or more, no two the same, got {options!r:.60}")
+    return _Record(where, prompt, completion, spans, record.get("group") or "", tuple(options))
 
 
 def _check_text(field: str, text: object) -> None:
@@ -248,8 +264,6 @@ def _check_text(field: str, text: object) -> None:
         raise InputError(f"{field}: expected str, got {text!r:.60}")
     if not text.strip():
         raise InputError(f"{field}: is empty")
-    if re.search("[\ud800-\udfff]", text):
-        raise InputError(f"{field}: holds half of a surrogate pair, which is no character: {text!r:.60}")
 
 
 def _located(text: str, span: Any) -> Any:

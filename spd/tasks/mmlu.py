@@ -21,12 +21,14 @@ from spd.tasks.records import Record, Records, round_robin
 TRAINING = 2000
 TRAINING_SPLITS = ("auxiliary_train", "validation", "dev")
 LETTERS = "ABCD"
+OPTIONS = tuple(f" {letter}" for letter in LETTERS)
 
 
 class MMLU(DataSet):
     """Harness prompts have the first 5 records of the subject's dev split as shots.
 
-    The harness compares the likelihoods of the four letters; here the model writes its answer.
+    The harness compares the likelihoods of the four letters; here the model writes its answer unless
+    `spd.evaluate(..., answer_by="likelihood")` asks for the letters.
     """
 
     name = "mmlu"
@@ -62,7 +64,7 @@ class MMLU(DataSet):
         return Example(prompt, f" {_letter(record)}", [(len(prompt) + 1, len(prompt) + 2)])
 
     def question(self, record: Record, prompt: str) -> Question:
-        return Question(prompt, _letter(record), record["subject"])
+        return Question(prompt, _letter(record), record["subject"], OPTIONS)
 
     def harness_prompts(self, records: list[Record]) -> list[str]:
         dev = _by_subject(self._load("dev"))
