@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two workers of one thread each: more threads than cores make small matrix products many times slower.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo reproduce test test-slow lint bench clean
+.PHONY: demo reproduce test test-slow torture lint bench clean
 
 demo: .venv/ready            ## the whole method on the carried model: a table and runs/demo/report.html
 	$(BIN)/spd demo
@@ -20,6 +20,9 @@ test: .venv/ready            ## everything but what is marked slow
 
 test-slow: .venv/ready       ## the rest
 	$(PARALLEL) -m slow
+
+torture: .venv/ready         ## runs that are killed, starved of disk, damaged, interrupted; hostile input; a long soak: a table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture --workers 2 --out benchmarks/results/torture.json
 
 lint: .venv/ready
 	$(BIN)/ruff check

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from spd.errors import InputError
 from spd.intervention import attach
 from spd.intervention.latent_cache import cache_bytes
 from spd.model_state import frozen, input_device, position_limit
+from spd.profile import forget_peak, peak_bytes
 from spd.subspace import Subspace
 
 UNPROJECTED, STATIC = "unprojected", "static"
@@ -129,12 +129,12 @@ def _one(
         cache = filled_cache(model, context - steps, batch=batch, room=steps, static=mode == STATIC)
         device = input_device(model)
         token = torch.ones((batch, 1), dtype=torch.long, device=device)
-        _forget_peak(device)
+        forget_peak(device)
         for _ in range(WARM_UP):
             _forward(model, token, cache)
         found["seconds"].append(_seconds(lambda: _forward(model, token, cache), tokens, device))
         by_layer = cache_bytes(cache)
-        peak = _peak(device)
+        peak = peak_bytes(device)
     found["bytes_by_layer"] = list(by_layer.values())
     found["bytes"] = sum(by_layer.values())
     found["peak_bytes"] = peak if peak is None else max(peak, found.get("peak_bytes") or 0)
@@ -178,22 +178,3 @@ def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> 
     for _ in range(repeats):
         call()
     return (time.perf_counter() - begin) / repeats
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak(device: torch.device) -> int | None:
-    """Bytes at the highest since `_forget_peak`; None where the system does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0) or None

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from spd.calibration import calibrate
 from spd.errors import InputError
-from spd.files import read_json, write_json
+from spd.files import read_object, write_json
 from spd.intervention import attach
+from spd.lock import INSIDE, locked
 from spd.long_context import decoding, quality, shapes
 from spd.long_context.haystack import Texts, windows_of
 from spd.long_context.report import write_report
@@ -94,7 +94,7 @@ def resumes(settings: Settings, out: str | Path) -> bool:
     path = Path(out) / RESULTS
     if not path.is_file():
         return False
-    stored = read_json(path)
+    stored = read_object(path)
     return stored.get("settings") == settings.to_dict() and not stored.get("finished")
 
 
@@ -318,7 +318,7 @@ def _stored(out: Path, settings: Settings) -> dict[str, Any]:
     path = out / RESULTS
     if not path.is_file():
         return {}
-    stored: dict[str, Any] = read_json(path)
+    stored: dict[str, Any] = read_object(path)
     asked = settings.to_dict()
     changed = sorted(name for name in asked if stored.get("settings", {}).get(name) != asked[name])
     if changed:
@@ -355,12 +355,7 @@ def _owned(out: Path) -> Iterator[None]:
     if out.is_dir() and not (out / RESULTS).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise InputError(f"out: {out} is not empty and holds no run")
     out.mkdir(parents=True, exist_ok=True)
-    lock = out / ".lock"
-    try:
-        with FileLock(lock, timeout=0):
-            for leftover in out.glob(".*.tmp"):  # of a run that was killed while it wrote
-                leftover.unlink()
-            yield
-            lock.unlink(missing_ok=True)
-    except Timeout:
-        raise InputError(f"out: {out} is in use by another run") from None
+    with locked(out / INSIDE, "out"):
+        for leftover in out.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
+        yield
