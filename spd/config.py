@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
+import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spd.arms import DEFAULT_ARMS, parse_arms
-from spd.distillation import Recipe
 from spd.errors import InputError
-from spd.subspace import check_rank
+from spd.files import read_toml
+from spd.named import check_rank
+from spd.recipe import Recipe
 
 Positive = Field(default=None, ge=1)
 
@@ -62,11 +63,16 @@ class GenerationSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """How many test questions (None: the task's published number), and the arguments of `spd.evaluate`."""
+    """How many test questions (None: the task's published number), and the arguments of `spd.evaluate`.
+
+    `by_likelihood` names the tasks that are answered so: of a question's options the likeliest, rather than what is
+    written.
+    """
 
     questions: int | None = Positive
     max_new_tokens: int | None = Positive
     batch_size: int = Field(default=32, ge=1)
+    by_likelihood: list[str] = []
 
 
 class RunConfig(Section):
@@ -82,6 +88,10 @@ class RunConfig(Section):
         dtype: of the weights; "auto" takes the checkpoint's on a GPU and float32 on the CPU.
         device: "auto" takes a GPU where there is one.
         seed: of sampling and training.
+        gradient_checkpointing: compute activations again rather than keep them, in calibration and training: slower,
+            in less memory, the same results.
+        deterministic: the same seeds give the same bytes whatever the batch size and the number of processes, where
+            that can be had (see `spd.generate`).
     """
 
     model: str
@@ -93,6 +103,8 @@ class RunConfig(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
     seed: int = Field(default=42, ge=0)
+    gradient_checkpointing: bool = False
+    deterministic: bool = False
     calibration: CalibrationSettings = CalibrationSettings()
     intervention: InterventionSettings = InterventionSettings()
     generation: GenerationSettings = GenerationSettings()
@@ -103,7 +115,7 @@ class RunConfig(Section):
     @classmethod
     def _recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
         """[training] is a `Recipe`; the seed at the top is its seed unless it has its own."""
-        training = values.get("training", {})
+        training = values.get("training", {}) if isinstance(values, dict) else None
         if not isinstance(training, dict):
             return values
         for key in training:
@@ -143,18 +155,9 @@ def load_config(path: str | Path) -> RunConfig:
     values = read_toml(path)
     for key in ("model", "data"):
         value = values.get(key)
-        if isinstance(value, str) and not Path(value).is_absolute() and (path.parent / value).is_dir():
+        if isinstance(value, str) and not os.path.isabs(value) and os.path.isdir(path.parent / value):
             values[key] = str((path.parent / value).resolve())
     return parse_config(values, source=str(path))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"config: there is no file {path}")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file ({error})") from None
 
 
 def parse_config(values: dict[str, Any], source: str = "config") -> RunConfig:

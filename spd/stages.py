@@ -7,7 +7,7 @@ FOLDER/
   CAPABILITY/generations/NAME.jsonl           NAME: plain, projected, ssd, or the options of a projection
   CAPABILITY/adapters/NAME/
   CAPABILITY/evaluations/ARM/TASK.jsonl
-  timings.json
+  timings.json, profile.json
 
 Arms share what they have in common, because it has the same name. Whatever is there already is not made again.
 """
@@ -17,29 +17,32 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spd import controls
+from spd import controls, distributed
 from spd.arms import Arm, Projection
-from spd.calibration import calibrate
+from spd.calibration import DETERMINISTIC_BATCH, calibrate
 from spd.config import InterventionSettings, RunConfig
 from spd.distillation import WEIGHTS, adapted, distill, merged
 from spd.errors import InputError
 from spd.evaluation import Evaluation, evaluate
 from spd.example import Example
-from spd.files import read_json, sha256_of_file, write_json
+from spd.files import read_object, sha256_of_file, write_json
 from spd.generation import Generation, generate, without_room
 from spd.intervention import Attachment, attach
+from spd.profile import PROFILE, Profile
 from spd.subspace import MANIFEST, Subspace
 from spd.tasks import Task, load_task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Stages:
         shared: folder for what does not depend on the seed, shared with other seeds (default: `folder`).
         timings: file for the seconds of every kind of stage (default: `timings.json` in `folder`).
         run_generated_code: see `spd.evaluate`.
+        profile: keep tokens, memory and bounds of every stage in `profile.json`.
         progress: show progress bars.
         say: receives one line for every stage that begins.
     """
@@ -79,6 +83,7 @@ class Stages:
         shared: Path | None = None,
         timings: Path | None = None,
         run_generated_code: bool = False,
+        profile: bool = False,
         progress: bool = True,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -89,6 +94,7 @@ class Stages:
         self.model = model
         self.tokenizer = tokenizer
         self.run_generated_code = run_generated_code
+        self.profile = Profile(model, folder / PROFILE) if profile and distributed.is_main() else None
         self.progress = progress
         self.say = say
         self._tasks: dict[str, Task] = {}
@@ -115,7 +121,8 @@ class Stages:
                     capability, arm, tests, self.model, self._subspace_tag(capability, arm.projection)
                 )
         with self.tuned(capability, arm) as model:
-            tag = f"adapter {sha256_of_file(self.adapter(capability, arm, arm.rounds) / WEIGHTS)}"
+            weights = self.adapter(capability, arm, arm.rounds) / WEIGHTS
+            tag = distributed.on_main(lambda: f"adapter {sha256_of_file(weights)}")
             return self._evaluate(capability, arm, tests, model, tag)
 
     @contextmanager
@@ -138,14 +145,17 @@ class Stages:
         """The subspace of a projection. With an `origin`, of that further round's model: then only inside `started`."""
         capability, projection = self._own(capability, projection, origin)
         folder = self.subspace_folder(capability, projection, origin)
-        if (folder / MANIFEST).is_file():
-            return Subspace.from_pretrained(folder, self.model)
+        if made := distributed.on_main(lambda: self._found_subspace(folder)):
+            return made
         bare = replace(projection, sides=None)
         beside = [self.subspace(capability, other, origin) for other in _made_from(bare)]  # stages of their own
         with self.stage("calibrate", ", ".join(filter(None, (capability, bare.slug, origin)))):
-            made = self._make_subspace(capability, bare, beside)
-            made.save_pretrained(folder)
+            made = distributed.broadcast(self._make_subspace(capability, bare, beside))  # the very same in all
+            distributed.on_main(lambda: made.save_pretrained(folder))
         return made
+
+    def _found_subspace(self, folder: Path) -> Subspace | None:
+        return Subspace.from_pretrained(folder, self.model) if (folder / MANIFEST).is_file() else None
 
     def subspace_folder(self, capability: str, projection: Projection, origin: str = "") -> Path:
         capability, projection = self._own(capability, projection, origin)
@@ -167,21 +177,24 @@ class Stages:
         settings, name = self.config.generation, _written(arm, round)
         sampling = arm.sampling or settings
         projection, origin = arm.projection, self.origin(arm, round)
+        out = self.folder / capability / "generations" / f"{name}.jsonl"
         with (
             self.attached(capability, projection, origin) if projection else nullcontext(),
             self.stage("generate", f"{capability}, {name}"),
+            self._counted(out),
         ):
             return generate(
                 self.model,
                 self.tokenizer,
                 self.training_prompts(capability),
-                out=self.folder / capability / "generations" / f"{name}.jsonl",
+                out=out,
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 max_new_tokens=settings.max_new_tokens or self.task(capability).max_new_tokens,
                 batch_size=settings.batch_size,
                 seed=_seed(self.config.seed, round),
+                deterministic=self.config.deterministic,
                 tag=self._subspace_tag(capability, projection, origin) if projection else "",
                 progress=self.progress,
             )
@@ -194,13 +207,19 @@ class Stages:
         )
         with self.started(capability, arm, round):
             generations = self.generations(capability, arm, round)
-            with self.stage("distill", f"{capability}, {name}"):
+            out = self.folder / capability / "adapters" / name
+            with (
+                self.stage("distill", f"{capability}, {name}"),
+                self.profile.training(out) if self.profile else nullcontext(),
+            ):
                 return distill(
                     self.model,
                     self.tokenizer,
                     generations,
-                    out=self.folder / capability / "adapters" / name,
+                    out=out,
                     recipe=recipe,
+                    gradient_checkpointing=self.config.gradient_checkpointing,
+                    deterministic=self.config.deterministic,
                     progress=self.progress,
                 )
 
@@ -221,20 +240,29 @@ class Stages:
 
         What a sitting that is killed had spent in its last stage is not in them.
         """
+        if not distributed.is_main():
+            yield
+            return
         self.say(f"{kind}: {what}")
         start = time.perf_counter()
         try:
-            yield
+            with self.profile.stage(kind, what) if self.profile else nullcontext():
+                yield
         finally:
-            timings = read_json(self.timings) if self.timings.exists() else {}
+            timings = _timings(self.timings)
             timings[kind] = timings.get(kind, 0.0) + time.perf_counter() - start
             write_json(self.timings, timings)
+
+    def _counted(self, completions: Path) -> AbstractContextManager[None]:
+        """Puts what a file of completions gains inside the block into the profile."""
+        return self.profile.completions(completions, self.tokenizer) if self.profile else nullcontext()
 
     def _training_prompts(self, capability: str) -> list[str]:
         task, settings = self.task(capability), self.config.generation
         prompts = task.training_prompts()[: settings.prompts]
         dropped = without_room(self.model, self.tokenizer, prompts, settings.max_new_tokens or task.max_new_tokens)
-        write_json(self.folder / capability / "prompts.json", {"prompts": len(prompts), "too_long": dropped})
+        counted = {"prompts": len(prompts), "too_long": dropped}
+        distributed.on_main(lambda: write_json(self.folder / capability / "prompts.json", counted))
         if prompts and len(dropped) == len(prompts):
             raise InputError(
                 f"task: none of the {len(prompts)} training prompts of {capability} fits the model's positions"
@@ -263,31 +291,42 @@ class Stages:
             return self._calibrate(examples, projection)
         if kind == "shuffled":
             return self._calibrate(controls.shuffled_labels(examples, self.config.seed, exchange="spans"), projection)
-        return controls.activation_subspace(
-            self.model,
-            self.tokenizer,
-            examples,
-            beside[0],
-            batch_size=settings.batch_size,
-            max_length=settings.max_length,
-            progress=self.progress,
+        return _by_one(
+            lambda: controls.activation_subspace(
+                self.model,
+                self.tokenizer,
+                examples,
+                beside[0],
+                batch_size=DETERMINISTIC_BATCH if self.config.deterministic else settings.batch_size,
+                max_length=settings.max_length,
+                progress=self.progress,
+            )
         )
 
     def _calibrate(self, examples: list[Example], projection: Projection) -> Subspace:
         settings = self.config.calibration
         layers = projection.layers or settings.layers
-        return calibrate(
-            self.model,
-            self.tokenizer,
-            examples,
-            layers=list(layers) if isinstance(layers, tuple) else layers,
-            rank=projection.rank or settings.rank,
-            loss=projection.loss or settings.loss,
-            center=settings.center,
-            batch_size=settings.batch_size,
-            max_length=settings.max_length,
-            progress=self.progress,
-        )
+
+        def made() -> Subspace:
+            return calibrate(
+                self.model,
+                self.tokenizer,
+                examples,
+                layers=list(layers) if isinstance(layers, tuple) else layers,
+                rank=projection.rank or settings.rank,
+                loss=projection.loss or settings.loss,
+                center=settings.center,
+                batch_size=settings.batch_size,
+                max_length=settings.max_length,
+                gradient_checkpointing=self.config.gradient_checkpointing,
+                deterministic=self.config.deterministic,
+                progress=self.progress,
+            )
+
+        found = _by_one(made) if self.config.deterministic else made()
+        if self.profile:
+            self.profile.count_calibration(found)
+        return found
 
     def _evaluate(
         self, capability: str | None, arm: Arm, tests: Sequence[str], model: nn.Module, tag: str
@@ -295,18 +334,22 @@ class Stages:
         settings, scores = self.config.evaluation, []
         with self.stage("evaluate", f"{capability}, {arm.name}" if capability else arm.name):
             for test in tests:
-                evaluation = evaluate(
-                    model,
-                    self.tokenizer,
-                    self.task(test),
-                    limit=settings.questions,
-                    out=self.evaluation_file(capability, arm, test),
-                    max_new_tokens=settings.max_new_tokens,
-                    batch_size=settings.batch_size,
-                    tag=tag,
-                    run_generated_code=self.run_generated_code,
-                    progress=self.progress,
-                )
+                out = self.evaluation_file(capability, arm, test)
+                with self._counted(out):
+                    evaluation = evaluate(
+                        model,
+                        self.tokenizer,
+                        self.task(test),
+                        limit=settings.questions,
+                        out=out,
+                        max_new_tokens=settings.max_new_tokens,
+                        batch_size=settings.batch_size,
+                        answer_by="likelihood" if test in settings.by_likelihood else "generation",
+                        deterministic=self.config.deterministic,
+                        tag=tag,
+                        run_generated_code=self.run_generated_code,
+                        progress=self.progress,
+                    )
                 if capability is not None and arm.trained:
                     self._check_unseen(capability, evaluation)
                 scores.append(Score(capability, arm.name, evaluation))
@@ -330,14 +373,34 @@ class Stages:
         return settings.model_copy(update={"sides": projection.sides}) if projection.sides else settings
 
     def _subspace_tag(self, capability: str, projection: Projection, origin: str = "") -> str:
-        manifest = sha256_of_file(self.subspace_folder(capability, projection, origin) / MANIFEST)
+        path = self.subspace_folder(capability, projection, origin) / MANIFEST
+        manifest = distributed.on_main(lambda: sha256_of_file(path))
         return f"subspace {manifest}, {self._intervention(projection).model_dump_json()}"
+
+
+def _by_one(work: Callable[[], T]) -> T:
+    """Of several processes one does it for all: it cannot be shared, or its bytes are not to depend on how many."""
+
+    def alone() -> T:
+        with distributed.apart():
+            return work()
+
+    return distributed.on_main(alone)
 
 
 def subspace_path(folder: Path, projection: Projection, origin: str = "") -> Path:
     """Where a subspace lies below its capability's folder."""
     slug = replace(projection, sides=None).slug
     return folder / "subspaces" / ((slug or "gradient") + origin) if slug or origin else folder / "subspace"
+
+
+def _timings(path: Path) -> dict[str, float]:
+    """For information alone, so what is damaged counts for nothing."""
+    try:
+        found = read_object(path) if path.exists() else {}
+    except InputError:
+        return {}
+    return {kind: seconds for kind, seconds in found.items() if isinstance(seconds, (int, float))}
 
 
 def _made_from(projection: Projection) -> list[Projection]:

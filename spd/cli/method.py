@@ -26,29 +26,56 @@ from spd.cli.app import (
     app,
     say,
 )
-from spd.cli.output import print_evaluation, print_scores, print_spectra
+from spd.cli.output import print_evaluation, print_profile, print_scores, print_spectra
+from spd.cli.processes import together
 from spd.errors import InputError
 
 if TYPE_CHECKING:
     from spd.tasks import Task
+
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same seeds, the same bytes, whatever the batch size; slower.")
+]
+GradientCheckpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Compute activations again rather than keep them.")
+]
 
 
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="TOML file; README shows one, spd/config.py every key.")],
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME-OF-CONFIG")] = None,
+    deterministic: Deterministic = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Tokens, memory and share of the machine's bound, stage by stage.")
+    ] = False,
     run_generated_code: RunGeneratedCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Carry out the whole method; started again on the same folder, go on where it stopped."""
     from spd.config import load_config
-    from spd.run import run as carry_out
 
     settings = load_config(config)
+    if deterministic:
+        settings = settings.model_copy(update={"deterministic": True})
     folder = Path("runs") / config.stem if out is None else out
-    announce_sandbox(run_generated_code, quiet)
-    scores = carry_out(settings, folder, run_generated_code=run_generated_code, progress=not quiet, say=say(quiet))
-    print_scores(scores, folder)
+    from spd.run import run as carry_out
+
+    with together() as main:
+        if main:
+            announce_sandbox(run_generated_code, quiet)
+        scores = carry_out(
+            settings,
+            folder,
+            run_generated_code=run_generated_code,
+            profile=profile,
+            progress=not quiet,
+            say=say(quiet or not main),
+        )
+        if main:
+            print_scores(scores, folder)
+            if profile:
+                print_profile(folder)
 
 
 @app.command()
@@ -83,32 +110,36 @@ def calibrate(
     loss: Annotated[str, typer.Option(help='"spans" (correctness-defining tokens) or "full".')] = "spans",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in one pass.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 256,
+    gradient_checkpointing: GradientCheckpointing = False,
     prompts_as: PromptsAs = "plain",
     data: Data = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Find the subspace of K and V in which a task's correctness is decided."""
+    """Find the subspace of K and V in which a task's correctness is decided; under torchrun, together."""
     import spd
 
     chosen = _task(task, data, prompts_as, model)
-    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
-    subspace = spd.calibrate(
-        loaded,
-        tokenizer,
-        chosen.calibration()[: chosen.calibration_size if examples is None else examples],
-        layers=_layers(layers),
-        rank=int(rank) if rank.isdecimal() else rank,
-        loss=loss,
-        batch_size=batch_size,
-        max_length=max_length,
-        progress=not quiet,
-    )
-    subspace.save_pretrained(out)
-    if not quiet:
-        print_spectra(f"{task} on {model}", subspace)
-    typer.echo(out)
+    with together() as main:
+        loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+        subspace = spd.calibrate(
+            loaded,
+            tokenizer,
+            chosen.calibration()[: chosen.calibration_size if examples is None else examples],
+            layers=_layers(layers),
+            rank=int(rank) if rank.isdecimal() else rank,
+            loss=loss,
+            batch_size=batch_size,
+            max_length=max_length,
+            gradient_checkpointing=gradient_checkpointing,
+            progress=not quiet,
+        )
+        if main:
+            subspace.save_pretrained(out)
+            if not quiet:
+                print_spectra(f"{task} on {model}", subspace)
+            typer.echo(out)
 
 
 @app.command()
@@ -128,6 +159,10 @@ def generate(
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 42,
+    shard: Annotated[
+        str | None, typer.Option(help="This worker of so many: 0/8 to 7/8. The last to finish merges.")
+    ] = None,
+    deterministic: Deterministic = False,
     mode: Mode = "auto",
     sides: Sides = "kv",
     engine: Annotated[str, typer.Option(help='"transformers", or "vllm" where it is installed.')] = "transformers",
@@ -137,10 +172,14 @@ def generate(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Sample one completion for each of a task's training prompts, projected if --subspace is given."""
+    """Sample one completion for each of a task's training prompts, projected if --subspace is given.
+
+    Several workers share the prompts under torchrun, or started one by one with --shard.
+    """
     import spd
 
     _check_projection(subspace, mode, sides)
+    worker = _shard(shard)
     if engine not in ("transformers", "vllm"):
         raise InputError(f'--engine: expected "transformers" or "vllm", got {engine!r}')
     if engine == "vllm" and mode not in ("auto", "fold"):
@@ -159,14 +198,19 @@ def generate(
     if engine == "vllm":
         from spd.engine import generate_with_vllm
 
+        if worker or deterministic:
+            raise InputError("--engine vllm: it batches and spreads by itself; leave out --shard and --deterministic")
         options = {} if dtype == "auto" else {"dtype": dtype}
         generate_with_vllm(model, wanted, subspace=subspace, sides=sides, options=options, **settings)
-    else:
+        typer.echo(out)
+        return
+    settings |= {"batch_size": batch_size, "shard": worker, "deterministic": deterministic}
+    with together() as main:
         loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
         with _projected(loaded, subspace, mode, sides):
-            tag = _tag(subspace, mode, sides)
-            spd.generate(loaded, tokenizer, wanted, batch_size=batch_size, tag=tag, **settings)
-    typer.echo(out)
+            spd.generate(loaded, tokenizer, wanted, tag=_tag(subspace, mode, sides), **settings)
+        if main:
+            typer.echo(out if out.is_file() else f"{out}: this shard is done, others are not yet")
 
 
 @app.command()
@@ -179,6 +223,7 @@ def distill(
     epochs: Annotated[float | None, typer.Option(help="In place of the preset's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="In place of the preset's.")] = None,
+    gradient_checkpointing: GradientCheckpointing = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quiet: Quiet = False,
@@ -187,16 +232,27 @@ def distill(
     from dataclasses import replace
 
     import spd
-    from spd.distillation import PRESETS
     from spd.generation import read_generations
+    from spd.recipe import PRESETS
 
     if preset not in PRESETS:
         raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     given: dict[str, Any] = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "seed": seed}
     recipe = replace(PRESETS[preset], **{key: value for key, value in given.items() if value is not None})
     completions = read_generations(generations)
-    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
-    typer.echo(spd.distill(loaded, tokenizer, completions, out=out, recipe=recipe, progress=not quiet))
+    with together() as main:
+        loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+        spd.distill(
+            loaded,
+            tokenizer,
+            completions,
+            out=out,
+            recipe=recipe,
+            gradient_checkpointing=gradient_checkpointing,
+            progress=not quiet,
+        )
+        if main:
+            typer.echo(out)
 
 
 @app.command()
@@ -212,6 +268,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON Lines file for the completions; resumed.")] = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 32,
+    answer_by: Annotated[
+        str, typer.Option(help='"generation", or "likelihood": the likeliest of the options (mmlu, bbh, choice).')
+    ] = "generation",
     mode: Mode = "auto",
     sides: Sides = "kv",
     prompts_as: PromptsAs = "plain",
@@ -228,37 +287,43 @@ def evaluate(
     _check_projection(subspace, mode, sides)
     announce_sandbox(run_generated_code, quiet)
     chosen = _task(task, data, prompts_as, model)
-    loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
-    with (
-        _projected(loaded, subspace, mode, sides),
-        spd.adapted(loaded, adapter) if adapter else nullcontext(loaded) as tested,
-    ):
-        evaluation = spd.evaluate(
-            tested,
-            tokenizer,
-            chosen,
-            limit=questions,
-            out=out,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            tag=_tag(subspace, mode, sides) or _tag(adapter),
-            run_generated_code=run_generated_code,
-            progress=not quiet,
-        )
-    print_evaluation(evaluation)
+    with together() as main:
+        loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+        with (
+            _projected(loaded, subspace, mode, sides),
+            spd.adapted(loaded, adapter) if adapter else nullcontext(loaded) as tested,
+        ):
+            evaluation = spd.evaluate(
+                tested,
+                tokenizer,
+                chosen,
+                limit=questions,
+                out=out,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                answer_by=answer_by,  # type: ignore[arg-type]  # it refuses what is neither
+                tag=_tag(subspace, mode, sides) or _tag(adapter),
+                run_generated_code=run_generated_code,
+                progress=not quiet,
+            )
+        if main:
+            print_evaluation(evaluation)
 
 
 def _task(name: str, data: Path | None, prompts_as: str, model: str) -> Task:
     """The task, before the weights are read; for chat prompts that takes the tokenizer alone."""
     import spd
-    from spd.models import load_tokenizer
 
-    tokenizer = load_tokenizer(model)[0] if prompts_as == "chat" else None
+    tokenizer = None
+    if prompts_as == "chat":
+        from spd.models import load_tokenizer
+
+        tokenizer = load_tokenizer(model)[0]
     return spd.load_task(name, data, prompts=prompts_as, tokenizer=tokenizer)
 
 
 def _layers(text: str) -> str | list[int]:
-    from spd.sites import NAMED_LAYERS
+    from spd.named import NAMED_LAYERS
 
     if text in NAMED_LAYERS:
         return text
@@ -267,6 +332,15 @@ def _layers(text: str) -> str | list[int]:
     except ValueError:
         names = ", ".join(NAMED_LAYERS)
         raise InputError(f"--layers: expected one of {names}, or indices such as 3,7, got {text!r}") from None
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise InputError(f"--shard: expected NUMBER/COUNT, counted from 0, such as 0/8, got {text!r}")
+    return int(number), int(count)
 
 
 def _check_projection(subspace: Path | None, mode: str, sides: str) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from spd.shown import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -22,14 +24,14 @@ UNBOUNDED = 10_000  # columns
 
 def print_evaluation(evaluation: Evaluation) -> None:
     low, high = evaluation.interval
+    task = visible(evaluation.task)
     if evaluation.metric == "nll":
         ends = "{:.3f} to {:.3f}".format(*evaluation.value_interval)
-        typer.echo(
-            f"{evaluation.task}: NLL {evaluation.value:.3f} a token, {len(evaluation.nlls)} texts, 95 % interval {ends}"
-        )
+        typer.echo(f"{task}: NLL {evaluation.value:.3f} a token, {len(evaluation.nlls)} texts, 95 % interval {ends}")
     if evaluation.n:
+        how = ", by likelihood" if evaluation.answer_by == "likelihood" else ""
         typer.echo(
-            f"{evaluation.task}: {100 * evaluation.accuracy:.1f} % ({evaluation.correct} of {evaluation.n}), "
+            f"{task}{how}: {100 * evaluation.accuracy:.1f} % ({evaluation.correct} of {evaluation.n}), "
             f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
         )
 
@@ -69,7 +71,7 @@ def _score_table(scores: list[Score]) -> Table:
     table.add_column("trained for", no_wrap=True)
     table.add_column("arm", no_wrap=True)
     for test, n in tests.items():
-        table.add_column(f"{test}\nn = {n}", justify="right", no_wrap=True)
+        table.add_column(f"{visible(test)}\nn = {n}", justify="right", no_wrap=True)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for score in scores:
         low, high = score.evaluation.value_interval
@@ -81,9 +83,17 @@ def _score_table(scores: list[Score]) -> Table:
     for (capability, arm), cells in rows.items():
         if capability != previous:
             table.add_section()
-        table.add_row(capability if capability != previous else "", arm, *(cells[test] for test in tests))
+        name = visible(capability) if capability != previous else ""
+        table.add_row(name, visible(arm), *(cells[test] for test in tests))
         previous = capability
     return table
+
+
+def print_profile(folder: Path) -> None:
+    from spd.files import read_json
+    from spd.profile import PROFILE, profile_table
+
+    wide_console().print(profile_table(read_json(folder / PROFILE)))
 
 
 def print_spectra(title: str, subspace: Subspace) -> None:
@@ -91,7 +101,7 @@ def print_spectra(title: str, subspace: Subspace) -> None:
 
     from spd.spectrum import site_rows, sparkline
 
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=visible(title), title_justify="left", header_style="bold")
     for name in ("site", "d", "rank", "energy", "95 % at"):
         table.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
     table.add_column("singular values, log", no_wrap=True)
@@ -130,15 +140,18 @@ def print_plan(plan: Plan) -> None:
     console.print(title, style="italic", highlight=False, soft_wrap=True)
     console.print(table)
     for each in plan.predictions[1:]:
-        typer.echo(f"{each.mode}: {each.why}")
-    typer.echo(f"choice: {plan.explanation}")
+        typer.echo(f"{each.mode}: {visible(each.why)}")
+    typer.echo(f"choice: {visible(plan.explanation)}")
 
 
 def wide_console() -> Console:
-    """Standard output as wide as the terminal; in a file or a pipe as wide as it takes."""
+    """Standard output as wide as the terminal; in a file or a pipe as wide as it takes.
+
+    What stands in brackets or between colons is text, not markup: it may be a model's.
+    """
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = UNBOUNDED
     return console

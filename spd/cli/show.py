@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spd.cli.app import Data, Device, Dtype, Model, PromptsAs, Quiet, TaskName, app
 from spd.cli.output import print_drift, print_spectra, wide_console
 from spd.errors import InputError
+from spd.shown import visible
 
 if TYPE_CHECKING:
     from spd.example import Example
@@ -65,7 +66,8 @@ def inspect(
     else:
         for name, subspace in loaded.items():
             print_spectra(name, subspace)
-            typer.echo(json.dumps(without_hash_lists(subspace.provenance), indent=2, ensure_ascii=False))
+            provenance = without_hash_lists(subspace.provenance)
+            typer.echo(visible(json.dumps(provenance, indent=2, ensure_ascii=False)))
     if plot:
         with atomic_file(plot) as temporary:
             spectra_figure(next(iter(loaded.values()))).savefig(temporary, format=plot.suffix[1:], dpi=160)
@@ -161,7 +163,8 @@ def verify(
     loaded = spd.load_model(model, dtype=dtype, device=device)[0] if model else None
     examples = _calibrated_on(folder, spd.load_task(task, data).calibration()) if task else None
     report = spd.verify(folder, model=loaded, examples=examples)
-    typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else report.text(whole=whole))
+    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else report.text(whole=whole)
+    typer.echo(visible(text))
     if not report.agrees:
         raise typer.Exit(1)
 
@@ -186,7 +189,7 @@ def drift(
     chosen = spd.load_task(task, data).calibration()
     loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
     known = spd.Subspace.from_pretrained(subspace, loaded)
-    used = known.provenance["examples"] + len(known.provenance["examples_without_span"])
+    used = _examples_used(known.provenance)
     fresh = chosen[used:][: examples or used]
     if len(fresh) < 2:
         raise InputError(
@@ -198,10 +201,17 @@ def drift(
 
 def _calibrated_on(folder: Path, examples: list[Example]) -> list[Example]:
     """As many of a task's examples as the subspace in this folder says it took."""
-    from spd.files import read_json
+    from spd.files import read_object
     from spd.subspace import MANIFEST
 
     if not (folder / MANIFEST).is_file():
         raise InputError(f"--task: {folder} is not the folder of a subspace, whose examples could be compared")
-    provenance = read_json(folder / MANIFEST).get("provenance", {})
-    return examples[: provenance.get("examples", 0) + len(provenance.get("examples_without_span", []))]
+    return examples[: _examples_used(read_object(folder / MANIFEST).get("provenance"))]
+
+
+def _examples_used(provenance: Any) -> int:
+    """How many calibration examples a subspace took, those without a span included."""
+    try:
+        return int(provenance["examples"]) + len(provenance["examples_without_span"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError("subspace: its provenance does not say how many examples it was calibrated on") from None

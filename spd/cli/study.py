@@ -10,6 +10,7 @@ import typer
 from spd.cli.app import Data, Device, Dtype, Model, PromptsAs, Quiet, RunGeneratedCode, announce_sandbox, app, say
 from spd.cli.output import print_plan
 from spd.errors import InputError
+from spd.shown import visible
 
 
 @app.command()
@@ -88,7 +89,7 @@ def reproduce(
         say=say(quiet),
     )
     if not quiet:
-        typer.echo(tables_file.read_text(encoding="utf-8"))
+        typer.echo(visible(tables_file.read_text(encoding="utf-8")))
     typer.echo(tables_file)
 
 

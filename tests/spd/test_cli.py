@@ -181,7 +181,8 @@ def test_a_failing_disk_is_one_line_and_status_1(error, spd, monkeypatch):
     monkeypatch.setattr("spd.config.load_config", raises(error))
     found = spd("run", "c.toml")
     assert (found.returncode, found.stdout) == (1, "")
-    assert found.stderr == f"spd: {' '.join(str(error).split())}\n"
+    said = " ".join(str(error).split())
+    assert found.stderr == f"spd: the disk is full or fails: {said}; the same command goes on where it stopped\n"
 
 
 def raises(error):

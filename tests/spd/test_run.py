@@ -40,7 +40,7 @@ def config_for(checkpoint, made_records, **changes):
 def finished(checkpoint, made_records, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "finished"
     stages = []
-    scores = run(config_for(checkpoint, made_records), folder, progress=False, say=stages.append)
+    scores = run(config_for(checkpoint, made_records), folder, profile=True, progress=False, say=stages.append)
     return folder, scores, stages
 
 
@@ -68,6 +68,20 @@ def test_the_folder_holds_what_it_should(finished):
     assert metrics == [score.to_dict() for score in scores]
     (environment,) = json.loads((folder / "environment.json").read_text())
     assert {"torch", "transformers", "peft"} <= set(environment["versions"])
+
+
+def test_the_profile_has_every_stage(finished):
+    folder, _, stages = finished
+    profile = json.loads((folder / "profile.json").read_text())
+    found = {f"{stage['kind']}: {stage['what']}": stage for stage in profile["stages"]}
+    assert set(found) == {stage for stage in stages if not stage.startswith("load")}
+    for name, stage in found.items():
+        assert stage["seconds"] > 0
+        assert (stage["tokens"] > 0 and stage["bound"] > 0) == (not name.startswith("report"))
+    timings = json.loads((folder / "timings.json").read_text())
+    for kind, seconds in timings.items():
+        assert sum(s["seconds"] for s in profile["stages"] if s["kind"] == kind) == pytest.approx(seconds, rel=0.2)
+    assert "Where the time went" in (folder / "report.html").read_text()
 
 
 def test_projected_generations_differ_from_plain_ones(finished):
@@ -110,7 +124,7 @@ def test_a_finished_run_started_again_does_no_work(finished, checkpoint, made_re
     folder, scores, _ = finished
     before = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
     monkeypatch.setattr("spd.stages.calibrate", None)
-    monkeypatch.setattr("spd.generation._generate_batch", None)
+    monkeypatch.setattr("spd.decoding.Decoder.__call__", None)
     monkeypatch.setattr("spd.distillation._train", None)
     again = run(config_for(checkpoint, made_records), folder, progress=False)
     assert [score.to_dict() for score in again] == [score.to_dict() for score in scores]
