@@ -54,8 +54,11 @@ def adapted(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
     manifest = whole_manifest(adapter)
     if manifest.get("config_sha256") != config_hash(model):
         raise InputError(f"{adapter}: trained on {manifest.get('model')!r}, but the model is {model_name(model)!r}")
-    _check_claims(model, adapter)
-    with preserved(model), unloaded_at_the_end(model, PeftModel.from_pretrained(model, str(adapter))) as tuned:
+    lora = _claimed(model, adapter)
+    with (
+        preserved(model),
+        unloaded_at_the_end(model, PeftModel.from_pretrained(model, str(adapter), config=lora)) as tuned,
+    ):
         yield tuned
 
 
@@ -164,7 +167,9 @@ def read_config(adapter: Path) -> dict[str, Any]:
         raise InputError(f"adapter: expected one of kind LORA in {adapter}, got {kind!r}")
     defaults = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
     for key, value in config.items():
-        plain = key in _ANY_VALUE or value in (None, False, [], {}) or value == defaults.get(key)
+        absent = value is None or value is False or (isinstance(value, (list, dict)) and not value)  # 0.0 is not
+        default = defaults.get(key)
+        plain = key in _ANY_VALUE or absent or (type(value) is type(default) and value == default)
         if not plain and (key, value) != ("init_lora_weights", "gaussian"):
             raise InputError(f"adapter: {adapter} is more than plain LoRA: {key} is {value!r}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
@@ -180,8 +185,10 @@ def check_original(model: nn.Module, caller: str) -> None:
         raise InputError(f"{caller}: the model carries a peft adapter already; use the original model")
 
 
-def _check_claims(model: nn.Module, adapter: Path) -> None:
-    """Refuse what does not fit, before peft makes room for it or changes the model."""
+def _claimed(model: nn.Module, adapter: Path) -> Any:
+    """The settings for peft; what does not fit is refused before peft makes room for it or changes the model."""
+    from peft import LoraConfig
+
     config, header = read_config(adapter), read_header(adapter / WEIGHTS)
     targets, rank = config.get("target_modules"), config["r"]
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -196,6 +203,13 @@ def _check_claims(model: nn.Module, adapter: Path) -> None:
         expected[f"base_model.model.{path}.lora_B.weight"] = (features, rank)
     if not expected or {name: entry.shape for name, entry in header.items()} != expected:
         raise InputError(f"{adapter}: its weights are not those of rank {rank} at its target_modules in this model")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=config["lora_alpha"],
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(site.k.module, Conv1D) for site in find_sites(model).values()),
+        task_type="CAUSAL_LM",
+    )
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:
