@@ -94,16 +94,9 @@ def merged(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
 
 def with_lora(model: nn.Module, recipe: Recipe) -> Any:
     """A peft model around this one, with a fresh adapter; torch's random numbers make its initial weights."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    lora = LoraConfig(
-        r=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=_attention_linears(model),
-        fan_in_fan_out=any(isinstance(site.k.module, Conv1D) for site in find_sites(model).values()),
-        task_type="CAUSAL_LM",
-    )
+    lora = _settings(model, _attention_linears(model), recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
     tuned: Any = get_peft_model(model, lora)
     lora.target_modules = sorted(lora.target_modules or ())  # peft keeps a set, whose order is another in each process
     tuned.create_or_update_model_card = lambda folder: None  # a form that nobody fills in, with the machine's paths
@@ -187,8 +180,6 @@ def check_original(model: nn.Module, caller: str) -> None:
 
 def _claimed(model: nn.Module, adapter: Path) -> Any:
     """The settings for peft; what does not fit is refused before peft makes room for it or changes the model."""
-    from peft import LoraConfig
-
     config, header = read_config(adapter), read_header(adapter / WEIGHTS)
     targets, rank = config.get("target_modules"), config["r"]
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -203,9 +194,17 @@ def _claimed(model: nn.Module, adapter: Path) -> Any:
         expected[f"base_model.model.{path}.lora_B.weight"] = (features, rank)
     if not expected or {name: entry.shape for name, entry in header.items()} != expected:
         raise InputError(f"{adapter}: its weights are not those of rank {rank} at its target_modules in this model")
+    return _settings(model, targets, rank, config["lora_alpha"])
+
+
+def _settings(model: nn.Module, targets: list[str], rank: int, alpha: float, dropout: float = 0.0) -> Any:
+    """A plain LoRA of this model, in peft's terms."""
+    from peft import LoraConfig
+
     return LoraConfig(
         r=rank,
-        lora_alpha=config["lora_alpha"],
+        lora_alpha=alpha,
+        lora_dropout=dropout,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(site.k.module, Conv1D) for site in find_sites(model).values()),
         task_type="CAUSAL_LM",
