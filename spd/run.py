@@ -43,6 +43,10 @@ _WITHOUT_EFFECT = {
     "evaluation.batch_size",
 }
 """What a resumed run may change: results do not depend on these, or by rounding only."""
+_ENVIRONMENT = "environment.json"
+_PUT_BACK = (
+    "put it back (a new run of the same configuration writes the same), choose another folder or delete this one"
+)
 
 
 def run(
@@ -119,7 +123,7 @@ def _conclude(stages: Stages, scores: list[Score]) -> None:
 
 def record_environment(folder: Path, model: nn.Module) -> None:
     """`environment.json` lists the machines and versions of a folder's sittings, each different one once, in order."""
-    path = folder / "environment.json"
+    path = folder / _ENVIRONMENT
     seen = read_json(path) if path.exists() else []
     if not isinstance(seen, list):
         raise InputError(f"{path}: expected a list of machines; delete it")
@@ -137,6 +141,8 @@ def owned(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run folder: {folder} is not a folder")
     if folder.is_dir() and not stored.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        if (folder / _ENVIRONMENT).exists():
+            raise InputError(f"{stored}: missing, and it says what everything else here was made with; {_PUT_BACK}")
         raise InputError(f"run folder: {folder} is not empty and holds no run")
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.rglob("*"):
@@ -146,11 +152,11 @@ def owned(
         for leftover in folder.rglob(".*.tmp"):  # of a sitting that was killed while it wrote
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         if stored.exists():
-            values = read_object(stored)
             try:
-                changed = _differences(current(values), config)
+                changed = _differences(current(read_object(stored)), config)
             except InputError as error:
-                raise InputError(f"{stored}: not as a run keeps it ({error})") from None
+                said = str(error).removeprefix(f"{stored}: ")
+                raise InputError(f"{stored}: not as a run keeps it ({said}); {_PUT_BACK}") from None
             if changed:
                 raise InputError(
                     f"run folder: {folder} belongs to another configuration (different: {', '.join(changed)})"

@@ -35,7 +35,7 @@ from spd.distillation import WEIGHTS, adapted, distill, merged
 from spd.errors import InputError
 from spd.evaluation import Evaluation, evaluate
 from spd.example import Example
-from spd.files import read_object, sha256_of_file, write_json
+from spd.files import json_text, read_json, read_object, sha256, sha256_of_file, write_json
 from spd.generation import Generation, generate, without_room
 from spd.intervention import Attachment, attach
 from spd.profile import PROFILE, Profile
@@ -374,7 +374,7 @@ class Stages:
 
     def _subspace_tag(self, capability: str, projection: Projection, origin: str = "") -> str:
         path = self.subspace_folder(capability, projection, origin) / MANIFEST
-        manifest = distributed.on_main(lambda: sha256_of_file(path))
+        manifest = distributed.on_main(lambda: sha256(json_text(read_json(path))))  # what it says, not its bytes
         return f"subspace {manifest}, {self._intervention(projection).model_dump_json()}"
 
 

@@ -159,6 +159,31 @@ def test_a_folder_that_is_no_run_is_refused(checkpoint, made_records, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "missing"), ("", "not as a run keeps it"), ('{"arms": 5}', "not as a run keeps it")]
+)
+def test_without_its_configuration_a_run_asks_for_it_and_then_goes_on(
+    finished, checkpoint, made_records, tmp_path, content, said
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(spd.InputError, match=rf"^{folder}/config\.json: {said}.*; put it back"):
+        run(config_for(checkpoint, made_records), folder, progress=False)
+    shutil.copyfile(finished[0] / "config.json", folder / "config.json")
+    assert len(run(config_for(checkpoint, made_records), folder, progress=False)) == len(finished[1])
+
+
+def test_how_a_manifest_is_laid_out_changes_nothing(finished, checkpoint, made_records, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    manifest = folder / "gsm8k" / "subspace" / "subspace.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text())))
+    assert len(run(config_for(checkpoint, made_records), folder, progress=False)) == len(finished[1])
+
+
 def test_two_runs_do_not_share_a_folder(checkpoint, made_records, tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(spd.InputError, match="in use by another run"):
         run(config_for(checkpoint, made_records), tmp_path, progress=False)

@@ -97,9 +97,8 @@ def damages(bench: Bench) -> list[Trial]:
 
 
 def _still_needed(name: str) -> bool:
-    return any(
-        part in name for part in ("generations/projected", "projected.checkpoints", "subspace/", "adapters/plain/")
-    )
+    needed = ("config.json", "generations/projected", "projected.checkpoints", "subspace/", "adapters/plain/")
+    return any(name.startswith(part) or f"/{part}" in name for part in needed)
 
 
 def neighbours() -> list[Trial]:

@@ -22,8 +22,14 @@ from tests.torture.sittings import Ending, end_with_parent, sit
 
 GOES_ON = "the same command goes on where it stopped"
 _STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
-_DELETIONS = 3
-"""What a run may ask for in turn: a damaged file, say, and then what was made with it."""
+_REMEDIES = 3
+"""What a run may ask for in turn: to delete a damaged file, say, and then what was made with it."""
+_PUT_BACK = (
+    "config.json: missing, and it says what everything else here was made with; put it back",
+    "; put it back (a new run of the same configuration writes the same)",
+    "belongs to another configuration (different: ",
+)
+"""What it says where `config.json` is damaged, which nothing else can tell."""
 
 
 @dataclass
@@ -184,7 +190,7 @@ class Damage:
     """One file of a run, changed while nobody looked; the run is started again.
 
     It may make the file anew or do without; or it refuses, names a file or folder in the run folder, and goes on once
-    that is deleted, or what it names next.
+    that is deleted, or what it names next, or is put back if the refusal asks for it.
     """
 
     kind: str
@@ -206,17 +212,23 @@ class Damage:
             path.unlink()
             if changed is not None:
                 path.write_bytes(changed)
-            ending, deleted = bench.sit(out), []
-            while ending.refused and len(deleted) < _DELETIONS and (named := _named(out, ending.said)):
-                deleted.append(named.relative_to(out).as_posix())
-                shutil.rmtree(named) if named.is_dir() else named.unlink()
+            ending, done = bench.sit(out), []
+            while ending.refused and len(done) < _REMEDIES:
+                if any(asked in ending.said for asked in _PUT_BACK):
+                    shutil.copyfile(bench.finished / self.file, path)
+                    done.append(f"{self.file} put back")
+                elif named := _named(out, ending.said):
+                    shutil.rmtree(named) if named.is_dir() else named.unlink()
+                    done.append(f"{named.relative_to(out)} deleted")
+                else:
+                    break
                 ending = bench.sit(out)
             wrong = differences(out, bench.wanted)
             if wrong == [f"{self.file} is another"] and same_value(path, bench.finished / self.file):
                 wrong = []  # a final newline is gone, say, and nobody minds
             if ending.status or wrong:
-                tally.lose(f"{self}: {', '.join(deleted) or 'nothing'} deleted, {ending}; {'; '.join(wrong)}")
-            elif deleted:
+                tally.lose(f"{self}: {', '.join(done) or 'nothing done'}, {ending}; {'; '.join(wrong)}")
+            elif done:
                 tally.refused += 1
             else:
                 tally.resumed += 1
