@@ -10,6 +10,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from spd.errors import InputError
+from spd.shown import visible
 from spd.subspace import Subspace
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ def _as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
 
 
 def svg_text(figure: Figure) -> str:
-    """A figure as an `svg` element to put into a page."""
+    """A figure as an `svg` element to put into a page, without a control in any of its labels."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return visible(text[text.index("<svg") :])
 
 
 def blank_figure(width: float, height: float, panels: int = 1, *, sharey: bool = True) -> tuple[Figure, list[Any]]:

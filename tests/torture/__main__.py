@@ -26,7 +26,7 @@ from tests.torture.soak import Soak
 from tests.torture.trials import Bench, RealDisk, Tally, Trial
 
 _HALF = faults.Fault("kill", "mkdir words/adapters/projected.checkpoints/checkpoint-6")
-FUZZ_EXAMPLES = 400
+FUZZ_EXAMPLES = 300
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from typing import Literal
 from tests.torture.faults import Fault
 from tests.torture.trials import Bench, Chain, CommandLine, Damage, Moments, RealDisk, StaleLock, Together, Trial
 
-CHAIN = 10
+CHAIN = 20
 """Faults that strike one run in turn: so many resumptions cost little more than one run."""
 _SEED = 7
 _FEW = {"a file truncated, deleted or another": 3, "a bit flipped": 3}

@@ -84,6 +84,7 @@ def prepare() -> None:
     _quieten_libraries()  # they look at their environment once
     for name in _IMPORTED:
         import_module(name)
+    import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("qwen3")  # made once, then kept
     trainer, plots = import_module("spd.training.trainer"), import_module("spd.plots")
     assert trainer.CHECKPOINT_STEPS > CHECKPOINT_STEPS
     trainer.CHECKPOINT_STEPS = CHECKPOINT_STEPS
