@@ -39,11 +39,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_file_is_there_and_no_other(folder: Path) -> None:
     expected = {"results.json", "results.md", "tuning.json", "roofline.png", "shares.png", "tests.txt"}
     assert {path.name for path in folder.iterdir()} == expected
 
 
+@pytest.mark.slow
 def test_every_case_has_a_row(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     assert results["tests"]["green"] and results["tests"]["passed"] and results["sanitize"]["clean"]
@@ -62,6 +64,7 @@ def test_every_case_has_a_row(folder: Path) -> None:
             assert 0 < timing["p10"] <= timing["median"] <= timing["p90"]
 
 
+@pytest.mark.slow
 def test_every_tuned_case_tried_its_frozen_choice(folder: Path) -> None:
     tuning = json.loads((folder / "tuning.json").read_text())
     tuned = [case for case in tiny_cases() if case.tuning is not None]
@@ -72,6 +75,7 @@ def test_every_tuned_case_tried_its_frozen_choice(folder: Path) -> None:
         assert "seconds" in row["tried"][0] and row["tried"][0]["frozen"], row["tried"][0]
 
 
+@pytest.mark.slow
 def test_the_tables_say_that_their_times_mean_nothing(folder: Path) -> None:
     text = (folder / "results.md").read_text()
     assert "Rehearsal on a CPU: times mean nothing" in text
@@ -83,12 +87,14 @@ def test_the_tables_say_that_their_times_mean_nothing(folder: Path) -> None:
         assert len({line.replace("\\|", "").count("|") for line in block.splitlines()}) == 1, block
 
 
+@pytest.mark.slow
 def test_the_figures_are_images(folder: Path) -> None:
     for name in ("roofline.png", "shares.png"):
         pixels = matplotlib.image.imread(folder / name)
         assert pixels.shape[0] > 200 and pixels.shape[1] > 800 and pixels.std() > 0.01
 
 
+@pytest.mark.slow
 def test_plotting_again_needs_no_device(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "shares.png").unlink()
     assert main(["--stages", "plot", "--out", str(folder)]) == 0

@@ -12,6 +12,8 @@ from spd.intervention.key_recipe import KeyRecipe
 from spd.sites import find_sites
 
 MODES = ("latent_v", "latent")
+COMPILED = [pytest.param("latent_v", marks=pytest.mark.slow), "latent"]  # half a minute each
+
 LATENT_V = [
     *("qwen3", "qwen2", "llama", "phi3", "gpt2", "gpt_neox", "mistral", "granite", "olmo2", "smollm3", "cohere"),
     *("starcoder2", "hunyuan", "gemma3_full", "glm4", "phi"),
@@ -114,7 +116,7 @@ def test_the_models_own_attention_function_may_be_any(mode, attention, make_mode
     assert model.config._attn_implementation == attention
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", COMPILED)
 def test_a_static_cache_compiles_whole(mode, make_model):
     """fullgraph: the traced step has no break. The backend that runs the trace as it is keeps this quick."""
     model = make_model("qwen3")
@@ -435,7 +437,7 @@ class TestWhatUsersDoInBetween:
 
         self.both(make_model("qwen3"), mode, treat, atol=0.05)
 
-    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("mode", COMPILED)
     def test_a_compiled_model_with_a_growing_cache(self, mode, make_model):
         def treat(model):
             torch.compiler.reset()

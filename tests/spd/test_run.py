@@ -202,6 +202,7 @@ def lines(path: Path) -> list[bytes]:
     return sorted(path.read_bytes().splitlines()) if path.exists() else []
 
 
+@pytest.mark.slow  # tests/torture kills one run oftener, and in `make test` too
 def test_killed_in_generation_and_in_training_it_ends_as_if_undisturbed(checkpoint, made_records, tmp_path):
     """SIGKILL, twice, to a run in a process of its own."""
     training = "epochs = 15\nbatch_size = 2\nlearning_rate = 1e-3"  # 180 steps: one checkpoint to resume from

@@ -140,6 +140,7 @@ def test_two_processes_come_to_what_one_comes_to(alone, settings, tmp_path):
     assert_same_run(tmp_path / "run", alone(False))
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_comes_to_the_same_with_another_batch_size(alone, settings, tmp_path):
     """Deterministic, profiled, and killed while it wrote completions."""
     folder = tmp_path / "run"
