@@ -273,7 +273,8 @@ class Stages:
                 f"model and are left out: {dropped[:10]}",
                 stacklevel=2,
             )
-        return [prompt for index, prompt in enumerate(prompts) if index not in set(dropped)]
+        left_out = set(dropped)
+        return [prompt for index, prompt in enumerate(prompts) if index not in left_out]
 
     def _make_subspace(self, capability: str, projection: Projection, beside: list[Subspace]) -> Subspace:
         """`beside` are the subspaces of `_made_from`."""

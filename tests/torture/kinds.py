@@ -44,7 +44,7 @@ def kills(journal: list[str]) -> list[Trial]:
     points = enumerate(every_write(journal))
     torn = lambda line, index: line.split()[0] in _WRITES and index % 2  # noqa: E731
     return chains(
-        "SIGKILL at every write",
+        "SIGKILL at a write",
         [Fault("tear" if torn(line, index) else "kill", line, at) for index, (line, at) in points],
     )
 
