@@ -14,7 +14,9 @@ from spd.files import write_json
 
 def main(
     out: Annotated[Path, typer.Option(help="JSON file for the figures.")] = Path("benchmarks/results/cpu.json"),
-    only: Annotated[str, typer.Option(help="kernels, covariance, generation, or all.")] = "all",
+    only: Annotated[
+        str, typer.Option(help="kernels, one of their operations, covariance, generation, or all.")
+    ] = "all",
     quick: Annotated[bool, typer.Option(help="Few cases, few rounds: to see that it runs, not to quote.")] = False,
 ) -> None:
     """Time the kernels' CPU paths and the pipeline's generation beside what a user would otherwise write.
@@ -23,13 +25,16 @@ def main(
     what they allow that a time reaches. About five minutes, with --quick one. For a GPU: python -m benchmarks.gpu
     """
     from benchmarks import covariance, generation, kernels
+    from benchmarks.operations import cpu_cases
     from benchmarks.timing import machine, measure_cpu
 
     subjects = ("kernels", "generation", "covariance")
-    if only not in ("all", *subjects):
-        raise typer.BadParameter(f"expected all or one of {', '.join(subjects)}, got {only!r}")
+    operations = tuple(dict.fromkeys(case.operation for case in cpu_cases()))
+    if only not in ("all", *subjects, *operations):
+        raise typer.BadParameter(f"expected all or one of {', '.join((*subjects, *operations))}, got {only!r}")
+    operation, only = (only, "kernels") if only in operations else ("", only)
     console = Console()
-    console.width = max(console.width, 140)  # rather than cut figures
+    console.width = max(console.width, 160)  # rather than cut figures
     facts = machine()
     rates = measure_cpu()
     product = next(iter(rates.flops_per_second.values()))
@@ -41,7 +46,7 @@ def main(
     def subject(name: str) -> tuple[list[Table], list[dict[str, Any]]]:
         match name:
             case "kernels":
-                return kernels.run(rates, 3 if quick else 30, quick=quick)
+                return kernels.run(rates, 3 if quick else 30, quick=quick, operation=operation)
             case "generation":
                 return generation.run(rounds=2 if quick else 15, quick=quick)
             case _:

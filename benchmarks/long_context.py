@@ -44,7 +44,7 @@ def main(
     small: Annotated[bool, typer.Option("--quick", help="Minutes on two cores: to see, not to quote.")] = False,
     only: Annotated[str, typer.Option(help="recall, small, or all.")] = "all",
 ) -> None:
-    """Memory, time, retrieval and perplexity against context and rank."""
+    """Memory, time, retrieval and perplexity against context and rank; some twenty minutes on one core."""
     runs = {"recall": RECALL, "small": SMALL}
     if only != "all" and only not in runs:
         raise typer.BadParameter(f"expected all or one of {', '.join(runs)}, got {only!r}")

@@ -39,6 +39,9 @@ from spd.sites import find_sites
 from spd.spans import EncodedExample, encode_examples
 
 METHODS = ("calibrate", "keep all rows")
+# What is measured of the second has the SVD in it; what is computed has the rows alone.
+MEASURED = dict(zip(METHODS, ("calibrate", "keep all rows, with the SVD"), strict=True))
+COMPUTED = dict(zip(METHODS, ("calibrate", "keep all rows, without the SVD"), strict=True))
 COLOURS = dict(zip(METHODS, ("#1d4ed8", "#d97706"), strict=True))
 # Batches. In the first pass there are no sums yet, so that the smallest number is two.
 TIMES = (2, 8, 32)
@@ -63,8 +66,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 1024,
     },
 }
-# Texts in a batch, tokens of each, and for the whole shape how many of those count for the loss (here: all).
+# Measured: texts in a batch, and tokens of each, which but for the first all count for the loss.
 BATCH, TOKENS = 2, 64
+# Computed: the same, and how many tokens of a text count for the loss, as a span's few do; every token has a row.
 WHOLE_BATCH, WHOLE_TOKENS, WHOLE_SPAN = 8, 256, 8
 WHOLE_EXAMPLES = (50, 500, 5000)
 
@@ -196,7 +200,12 @@ def measured_table(shape: str, found: dict[str, list[dict[str, float]]], expecte
         f"Measured: {shape}, bfloat16, above {expected['weights'] / MIB:.0f} MiB of weights, {BATCH} x {TOKENS} tokens"
     )
     table = Table(title=title, title_justify="left")
-    for column in ("rows", *(f"{method}, MiB" for method in METHODS), "one pass and sums, computed", "rows, computed"):
+    for column in (
+        "rows",
+        *(f"{MEASURED[method]}, MiB" for method in METHODS),
+        "one pass and sums, computed",
+        "rows, computed",
+    ):
         table.add_column(column, justify="right")
     flat = (expected["pass"] + expected["sums"]) / MIB
     for ours, kept in zip(*found.values(), strict=True):
@@ -215,8 +224,7 @@ def whole_table(plain: dict[str, int], again: dict[str, int]) -> Table:
         "one pass",
         "with checkpointing",
         "sums",
-        "calibrate",
-        "keep all rows, without the SVD",
+        *COMPUTED.values(),
     )
     for column in columns:
         table.add_column(column, justify="right")
@@ -234,15 +242,16 @@ def draw(path: Path, figures: dict[str, Any], caption: str) -> None:
     figure, (left, right) = blank_figure(4.4, 3.2, 2, sharey=False)
     for method, found in figures["measured"].items():
         rows, peaks = [each["rows"] for each in found], [each["bytes"] / MIB for each in found]
-        left.plot(rows, peaks, "o-", color=COLOURS[method], label=method)
+        left.plot(rows, peaks, "o-", color=COLOURS[method], label=MEASURED[method])
     left.set_title(f"Measured: {figures['shape']}", loc="left", fontsize=9.5)
     left.set_ylabel("MiB above the weights")
 
     whole = figures["whole"]["plain"]
     rows = [examples * WHOLE_TOKENS for examples in WHOLE_EXAMPLES]
     base = whole["weights"] + whole["pass"]
-    right.plot(rows, [(base + whole["sums"]) / GIB] * len(rows), "o-", color=COLOURS[METHODS[0]])
-    right.plot(rows, [(base + each * whole["row"]) / GIB for each in rows], "o-", color=COLOURS[METHODS[1]])
+    lines = [base + whole["sums"]] * len(rows), [base + each * whole["row"] for each in rows]
+    for method, line in zip(METHODS, lines, strict=True):
+        right.plot(rows, [each / GIB for each in line], "o-", color=COLOURS[method], label=COMPUTED[method])
     right.set_title("Computed: an 8B, 32 layers", loc="left", fontsize=9.5)
     right.set_ylabel("GiB, weights included")
     right.set_xscale("log")
@@ -250,7 +259,7 @@ def draw(path: Path, figures: dict[str, Any], caption: str) -> None:
         axis.set_ylim(bottom=0)
         axis.set_xlabel("gradient rows", color=INK)
         axis.grid(color=GRID)
-    left.legend(frameon=False)
+        axis.legend(frameon=False)
     figure.supxlabel(caption, fontsize=7.5, color=MUTED)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=140)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -32,7 +32,6 @@ from spd.gradients import GradientSums, correctness_loss
 from spd.likelihood import padded
 from spd.model_state import frozen
 from spd.plots import INK, MUTED, blank_figure
-from spd.provenance import versions
 from spd.sites import choose_layers, depth, find_sites
 from spd.spans import encode_examples
 
@@ -201,27 +200,29 @@ def checks(theirs: Plain, ours: Ours, results: dict[str, dict[str, Any]]) -> dic
 
 def tables(name: str, figures: dict[str, Any]) -> list[Table]:
     """What the terminal shows of one model."""
+    labelled = range_label(figures["rounds"])
     stages = Table(title=f"{name}, {figures['parameters'] / 1e6:.1f} M parameters", title_justify="left")
-    for column in ("stage", "plain s", "ours s", "times as fast \\[p10, p90]", "target", "met"):
+    for column in ("stage", "plain s", "ours s", f"times as fast {labelled}", "target", "met"):
         stages.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     for stage, row in figures["stages"].items():
         theirs, ours = (Timing.of(row["seconds"][who]).median for who in (PLAIN, OURS))
         note = " (by token)" if stage == "generation" else ""
         stages.add_row(
-            stage + note, f"{theirs:.2f}", f"{ours:.2f}", spread(row["ratio"]), f"{row['target']:g}", met(row["met"])
+            stage + note, f"{theirs:.2f}", f"{ours:.2f}", spread(row["ratios"]), f"{row['target']:g}", met(row["met"])
         )
         if stage == "calibration":
             frozen_weights = figures["calibration beside frozen weights"]
             theirs = Timing.of(frozen_weights["seconds"]).median
-            stages.add_row("  beside frozen weights", f"{theirs:.2f}", "", spread(frozen_weights["ratio"]), "", "")
+            ratios = [a / b for a, b in zip(frozen_weights["seconds"], row["seconds"][OURS], strict=True)]
+            stages.add_row("  beside frozen weights", f"{theirs:.2f}", "", spread(ratios), "", "")
 
     speeds = Table(title="Generation", title_justify="left")
-    for column in ("", "tokens/s", "beside generate at batch 8 \\[p10, p90]"):
+    for column in ("", "tokens/s", f"beside generate at batch 8 {labelled}"):
         speeds.add_column(column, justify="left" if not column else "right", no_wrap=True)
     reference = figures["tokens_per_second"][f"{PLAIN}, unprojected"]
     for label, rates in figures["tokens_per_second"].items():
-        ratio = Timing.of([a / b for a, b in zip(rates, reference, strict=True)])
-        speeds.add_row(label, f"{Timing.of(rates).median:.0f}", spread(asdict(ratio)))
+        ratios = [a / b for a, b in zip(rates, reference, strict=True)]
+        speeds.add_row(label, f"{Timing.of(rates).median:.0f}", spread(ratios))
 
     setting = figures["setting"]
     stages.caption = (
@@ -231,6 +232,7 @@ def tables(name: str, figures: dict[str, Any]) -> list[Table]:
     )
     tap, found = figures["tap"], figures["checks"]
     same, losses = found["greedy answers"], found["loss of the first step"]
+    beside_bare = f"{percentiles(tap['ratio'])}, at most {tap['limit']:g}"
     agreement = Table(title="The same result, and what taps cost", title_justify="left")
     for column in ("", "found", "met"):
         agreement.add_column(column, no_wrap=True)
@@ -238,7 +240,7 @@ def tables(name: str, figures: dict[str, Any]) -> list[Table]:
         ("subspace: least overlap", f"{found['subspace']['least overlap']:.7f}", found["subspace"]["met"]),
         ("greedy answers alike", f"{same['same']} of {same['of']}", same["met"]),
         ("loss of the first step", f"{losses['plain']:.6f}, {losses['spd']:.6f}", losses["met"]),
-        ("calibration beside bare passes", f"{spread(tap['ratio'])}, at most {tap['limit']:g}", tap["met"]),
+        ("calibration beside bare passes \\[p10, p90]", beside_bare, tap["met"]),
     ):
         agreement.add_row(label, text, met(ok))
     return [stages, speeds, agreement]
@@ -253,7 +255,16 @@ def markdown(table: Table) -> str:
     return "\n".join([f"**{table.title}**", "", *lines, *(["", str(table.caption)] if table.caption else [])])
 
 
-def spread(ratio: dict[str, float]) -> str:
+def range_label(rounds: int) -> str:
+    return f"\\[least, most of {rounds}]"
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """Median, least and most: rounds are too few for percentiles."""
+    return f"{Timing.of(list(ratios)).median:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+
+
+def percentiles(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.2f} [{ratio['p10']:.2f}, {ratio['p90']:.2f}]"
 
 
@@ -262,13 +273,13 @@ def met(value: bool) -> str:
 
 
 def draw(path: Path, models: dict[str, dict[str, Any]], caption: str) -> None:
-    """How many times as fast every stage is, with the targets as dashes."""
+    """How many times as fast every stage is, from the least of the rounds to the most; the targets as dashes."""
     figure, axes = blank_figure(4.6, 3.4, len(models))
     for axis, (name, figures) in zip(axes, models.items(), strict=True):
         for place, row in enumerate(figures["stages"].values()):
             ratio = row["ratio"]
             axis.bar(place, ratio["median"], width=0.62, color="#1d4ed8" if row["met"] else "#9aa5b1")
-            axis.vlines(place, ratio["p10"], ratio["p90"], color=INK, linewidth=1.2)
+            axis.vlines(place, min(row["ratios"]), max(row["ratios"]), color=INK, linewidth=1.2)
             axis.hlines(row["target"], place - 0.4, place + 0.4, color="#d97706", linewidth=1.6, linestyle=(0, (3, 2)))
             label = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "color": "white"}
             axis.annotate(f"{ratio['median']:.1f}", (place, 0), **label)
@@ -279,6 +290,23 @@ def draw(path: Path, models: dict[str, dict[str, Any]], caption: str) -> None:
     figure.supxlabel(caption, fontsize=7.5, color=MUTED)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=140)
+
+
+def in_words(machine: dict[str, Any]) -> str:
+    on_cpu = "CPU" in machine["device"]
+    return f"{machine['device']}, {machine['processor']}" if on_cpu else machine["device"]
+
+
+def publish(out: Path, stem: str, figures: dict[str, Any]) -> None:
+    """The tables and the figure of what was measured."""
+    facts = figures["machine"]
+    caption = in_words(facts)
+    setting_in_words = f"{caption}; " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    seconds = "CPU" if figures["clock"] == "cpu" else "wall-clock"
+    shown = [markdown(table) for name, model in figures["models"].items() for table in tables(name, model)]
+    document = [f"{setting_in_words}; seconds of {seconds} time, medians.", *shown]
+    draw(out / f"{stem}.png", figures["models"], caption)
+    write_text(out / "table.md", "\n\n".join(document) + "\n")
 
 
 @contextmanager
@@ -321,13 +349,10 @@ def main(
     facts = machine()
     if device.startswith("cuda"):
         facts["device"] = torch.cuda.get_device_name(device)
-    caption = f"{facts['device']}" + ("" if device.startswith("cuda") else f", {facts['processor']}")
-    console.print(f"{caption}: {facts['versions']}")
+    console.print(f"{in_words(facts)}: {facts['versions']}")
     figures: dict[str, Any] = {"machine": facts, "quick": quick, "clock": "cpu" if cpu_time else "wall", "models": {}}
     settings, rounds = (QUICK, rounds or 1) if quick else (SETTINGS, rounds or 3)
     clock = time.process_time if cpu_time else time.perf_counter
-    setting_in_words = f"{caption}; " + ", ".join(f"{name} {version}" for name, version in versions().items())
-    document = [f"{setting_in_words}; seconds of {'CPU' if cpu_time else 'wall-clock'} time, medians."]
     for name in settings if model == "all" else [model]:
         with quiet():
             figures["models"][name] = measure(
@@ -339,11 +364,9 @@ def main(
             )
         for table in tables(name, figures["models"][name]):
             console.print(table)
-            document.append(markdown(table))
         stem = device.partition(":")[0]
         write_json(out / f"{stem}.json", figures)
-        draw(out / f"{stem}.png", figures["models"], caption)
-        write_text(out / "table.md", "\n\n".join(document) + "\n")
+        publish(out, stem, figures)
     console.print(f"figures: {out}")
 
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -43,8 +44,19 @@ class Timing:
 class Comparison:
     """Timings of all contenders, and each one's time relative to the first (median of the ratios round by round)."""
 
-    timings: dict[str, Timing]
-    ratios: dict[str, Timing]
+    seconds: dict[str, list[float]]  # of a call, round by round
+
+    @cached_property
+    def timings(self) -> dict[str, Timing]:
+        return {name: Timing.of(values) for name, values in self.seconds.items()}
+
+    @cached_property
+    def ratios(self) -> dict[str, Timing]:
+        return {name: self.relative(name, next(iter(self.seconds))) for name in self.seconds}
+
+    def relative(self, name: str, other: str) -> Timing:
+        """Time of the one over that of the other in the same round."""
+        return Timing.of([a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)])
 
 
 def wall_clock(call: Call, repeats: int) -> float:
@@ -81,11 +93,7 @@ def compare(
             break
         for name in names if number % 2 == 0 else reversed(names):
             seconds[name].append(clock(contenders[name], repeats[name]))
-    first = seconds[names[0]]
-    return Comparison(
-        {name: Timing.of(values) for name, values in seconds.items()},
-        {name: Timing.of([a / b for a, b in zip(values, first, strict=True)]) for name, values in seconds.items()},
-    )
+    return Comparison(seconds)
 
 
 def measure_cpu(*, copy_bytes: int = 256 * 2**20, side: int = 2048) -> Machine:

@@ -23,6 +23,7 @@ def tiny_cases(*, only: str = "") -> list[Case]:
     return [case for case in small_cases(only=only) if case.work.flops < 1e5]
 
 
-def cpu_cases() -> list[Case]:
-    """fp32, on the reference path: one call takes a fifth of a second at most."""
-    return [case for operation in (project, routed, rope, latent_attention) for case in operation.cpu()]
+def cpu_cases(*, only: str = "") -> list[Case]:
+    """fp32, on the reference path: one call takes a fifth of a second at most. `only`: one operation's."""
+    found = [case for operation in (project, routed, rope, latent_attention) for case in operation.cpu()]
+    return [case for case in found if only in ("", case.operation)]

@@ -83,7 +83,7 @@ def batch(
 
         return Tuning(
             (
-                config.choose_packed(sequences, sequences * steps, d, r, dtype.itemsize, architecture)
+                config.choose_packed(sequences, sequences * steps, r, dtype.itemsize, architecture)
                 if packed
                 else config.choose(sequences, steps, d, r, dtype.itemsize, architecture)
             ),

@@ -32,7 +32,7 @@ def cache_figure(cells: list[dict[str, Any]]) -> Figure:
         colour, line = MODE_STYLE[mode]
         found = [cell["modes"][mode] for cell in cells]
         megabytes = [each["bytes"] / 2**20 for each in found]
-        middle, low, high = zip(*(_percentiles(each["seconds"]) for each in found), strict=True)
+        middle, low, high = zip(*(_milliseconds(each["seconds"]) for each in found), strict=True)
         for axis, values in zip(axes, (megabytes, middle), strict=True):
             axis.plot(contexts, values, color=colour, linestyle=line, linewidth=1.8, marker="o", markersize=3.5)
         axes[1].fill_between(contexts, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -147,7 +147,7 @@ def _by_rank(cells: list[dict[str, Any]], label: str, value: Any, limits: tuple[
     return figure
 
 
-def _percentiles(seconds: list[float]) -> tuple[float, float, float]:
+def _milliseconds(seconds: list[float]) -> tuple[float, float, float]:
     from spd.long_context.report import spread
 
     return tuple(1e3 * each for each in spread(seconds))  # type: ignore[return-value]

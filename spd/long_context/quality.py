@@ -26,21 +26,29 @@ def retrieval(model: nn.Module, haystacks: Iterable[Haystack]) -> dict[str, Any]
     """How many needles come back word for word under greedy decoding.
 
     A haystack is taken in once; each of its needles is asked for by itself behind a copy of that cache.
+
+    Returns:
+        `correct` of `n`, `accuracy` and its `interval_95`; `by_depth`: the two counts in each stretch; `verdicts`: a
+        string a haystack, 1 for every needle that came back and 0 for every other, in their order.
     """
     right, asked = [0] * DEPTHS, [0] * DEPTHS
+    verdicts = []
     with frozen(model), torch.inference_mode():
         for haystack in haystacks:
             cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
             for _ in _logits(model, haystack.tokens, cache, keep=1):
                 pass
+            verdict = ""
             for needle in haystack.needles:
                 depth = min(DEPTHS - 1, int(DEPTHS * needle.depth))
                 tokens = needle.question + needle.answer
                 logits = torch.cat(list(_logits(model, tokens[:-1], deepcopy(cache), keep=len(needle.answer))), dim=0)
                 # Greedy decoding writes the answer if every token of it is the likeliest behind those before.
-                found = logits[-len(needle.answer) :].argmax(-1).tolist()
-                right[depth] += found == needle.answer
+                found = logits[-len(needle.answer) :].argmax(-1).tolist() == needle.answer
+                verdict += str(int(found))
+                right[depth] += found
                 asked[depth] += 1
+            verdicts.append(verdict)
     correct, n = sum(right), sum(asked)
     return {
         "correct": correct,
@@ -48,6 +56,7 @@ def retrieval(model: nn.Module, haystacks: Iterable[Haystack]) -> dict[str, Any]
         "accuracy": correct / n,
         "interval_95": list(wilson_interval(correct, n)),
         "by_depth": [{"correct": c, "n": k} for c, k in zip(right, asked, strict=True)],
+        "verdicts": verdicts,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from spd.files import atomic_file, read_json, write_text
 from spd.shown import markdown
-from spd.stats import mean_interval
+from spd.stats import holm, mean_interval, paired_test
 
 DPI = 130
 
@@ -43,11 +43,8 @@ def write_report(out: str | Path) -> Path:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return statistics.median(values), deciles[0], deciles[-1]
+    """Median, least and most: rounds are too few for percentiles."""
+    return statistics.median(values), min(values), max(values)
 
 
 def _head(results: dict[str, Any]) -> str:
@@ -69,7 +66,7 @@ def _decode(settings: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         "## Memory and time",
         f"{onto}, batch {settings['batch']}. The last "
         f"{settings['tokens']} tokens of the context are decoded over a cache that was filled without a prefill; "
-        f"median of {settings['rounds']} paired rounds [10th, 90th percentile]. `unprojected` is the model as it is "
+        f"median of {settings['rounds']} paired rounds [least, most]. `unprojected` is the model as it is "
         "over the growing cache that `generate` makes; `static` over one of fixed length, which is not copied token by "
         "token. Eager PyTorch: on a GPU the time of launching is in it. Faster: unprojected time over this mode's, in "
         "the same round.",
@@ -122,7 +119,7 @@ def _retrieval(results: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         "from other haystacks; random: the same rank, the control.",
         "![retrieval against rank](retrieval.png)",
         _rank_table(cells, _accuracy),
-        _verdict(cells),
+        _tested(cells) if all("verdicts" in cell for cell in cells) else _apart(cells),
         "By depth, the unprojected model, first to last quarter of the context: " + _depths(cells) + ".",
     ]
     if "energies" in results:
@@ -138,8 +135,46 @@ def _accuracy(cell: dict[str, Any]) -> str:
     return "{:.1f} [{:.0f}, {:.0f}]".format(*(100 * value for value in (cell["accuracy"], *cell["interval_95"])))
 
 
-def _verdict(cells: list[dict[str, Any]]) -> str:
-    """What the intervals allow to be said, and nothing else."""
+def paired(cell: dict[str, Any], base: dict[str, Any]) -> float:
+    """Two-sided p that a projection answers as many as the unprojected model, on the same questions.
+
+    What is flipped is a haystack, since questions behind one text are not independent.
+    """
+    return paired_test(
+        [
+            [int(one) - int(other) for one, other in zip(of_cell, of_base, strict=True)]
+            for of_cell, of_base in zip(cell["verdicts"], base["verdicts"], strict=True)
+        ]
+    )
+
+
+def _tested(cells: list[dict[str, Any]]) -> str:
+    """Every cell beside the unprojected model at its context, by the paired test."""
+    base = {cell["context"]: cell for cell in cells if not cell["rank"]}
+    projected = [cell for cell in cells if cell["rank"]]
+    ps = [paired(cell, base[cell["context"]]) for cell in projected]
+    tested = {id(cell): found for cell, *found in zip(projected, ps, holm(ps), strict=True)}
+
+    def show(cell: dict[str, Any]) -> str:
+        p, adjusted = tested[id(cell)]
+        change = 100 * (cell["accuracy"] - base[cell["context"]]["accuracy"])
+        return f"{change:+.1f} ({_p(p)}, {_p(adjusted)})"
+
+    least = 2 / 2 ** len(projected[0]["verdicts"])
+    return (
+        "Percentage points beside the unprojected model on the same questions; in brackets p of the exact paired "
+        "sign-flip test, in which a haystack's questions share a sign since they are behind one text (so many "
+        f"haystacks give no p below {_p(least)}), and p adjusted by Holm over all {len(ps)} comparisons:\n\n"
+        + _rank_table(projected, show)
+    )
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _apart(cells: list[dict[str, Any]]) -> str:
+    """What the intervals allow to be said, and nothing else: for results that hold no verdicts."""
     said = []
     for context in sorted({cell["context"] for cell in cells}):
         here = [cell for cell in cells if cell["context"] == context]

@@ -56,5 +56,7 @@ def test_the_figure_and_the_tables(tmp_path):
     found = {method: [{"rows": 2.0**n, "bytes": 2.0**20} for n in (8, 10)] for method in memory.METHODS}
     memory.draw(tmp_path / "memory.png", {"shape": "tiny", "measured": found, "whole": {"plain": part}}, "a machine")
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
-    assert memory.whole_table(part, part).row_count == 3
-    assert memory.measured_table("tiny", found, part).row_count == 2
+    whole, measured = memory.whole_table(part, part), memory.measured_table("tiny", found, part)
+    assert (whole.row_count, measured.row_count) == (3, 2)
+    assert "keep all rows, without the SVD" in [column.header for column in whole.columns]
+    assert "keep all rows, with the SVD, MiB" in [column.header for column in measured.columns]

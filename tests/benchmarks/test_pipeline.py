@@ -115,11 +115,17 @@ def test_the_whole_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert seconds["whole run"][who][0] == pytest.approx(generation + sum(seconds[s][who][0] for s in rest))
         assert len(model["tokens_per_second"][f"{who}, unprojected"]) == 1
     table = (tmp_path / "table.md").read_text()
+    assert "times as fast [least, most of 1]" in table and "p90" in table  # the taps' rounds are many
     assert figures["machine"]["device"] in table and figures["machine"]["versions"]["torch"] in table
     assert all(f"| {name}" in table for name in TARGETS) and "rounds: 1" in table
     assert all(check["met"] for check in model["checks"].values())
     assert model["checks"]["greedy answers"]["of"] == 2 * len(ARMS)
     assert matplotlib.image.imread(tmp_path / "cpu.png").std() > 0.01
+
+
+def test_few_rounds_are_shown_by_their_ends() -> None:
+    assert pipeline.spread([4.5, 4.9, 4.4]) == "4.50 [4.40, 4.90]"
+    assert pipeline.percentiles({"median": 1.0, "p10": 0.9, "p90": 1.1}) == "1.00 [0.90, 1.10]"
 
 
 def test_a_task_whose_answers_stop_is_refused(theirs: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

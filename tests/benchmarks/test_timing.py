@@ -9,13 +9,14 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from benchmarks import kernels
 from benchmarks.case import OURS, Case, Draw, Target, to_float64
 from benchmarks.gpu.correctness import tally
 from benchmarks.gpu.measure import MOST_COPIES, Truth, copies_needed, count_nodes, relative_error, rotating, time_limit
 from benchmarks.gpu.report import is_wrong, microseconds, table, unquotable
 from benchmarks.gpu.targets import judge
 from benchmarks.gpu.tune import conclusion
-from benchmarks.operations import gpu_cases, tiny_cases
+from benchmarks.operations import cpu_cases, gpu_cases, latent_attention, tiny_cases
 from benchmarks.timing import FEWEST_ROUNDS, Timing, compare
 from spd_kernels.roofline import H200, Machine, Work
 
@@ -44,6 +45,7 @@ def test_contenders_take_turns() -> None:
     assert order[2:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert found.timings["a"].median == 6.5 and found.ratios["a"] == Timing(1.0, 1.0, 1.0)
     assert 1.5 < found.ratios["b"].median < 2.8
+    assert found.relative("b", "a") == found.ratios["b"] and found.relative("a", "b").median < 0.7
 
 
 def test_rounds_end_with_the_time_allowed() -> None:
@@ -162,6 +164,26 @@ def test_the_issue_s_cases_are_there() -> None:
     for case in cases.values():
         assert OURS in case.contenders and case.baseline != OURS and case.checked in case.contenders
         assert all(t.against in ("", "compiled") or t.against in case.contenders for t in case.targets)
+
+
+def test_both_ways_of_dense_attention_are_the_same() -> None:
+    case = latent_attention.step(2, 37, 8, 2, 16, None, 8, dtype=torch.float64)
+    inputs = case.inputs(Draw(torch.device("cpu"), case.dtype, seed=0))
+    dense, grouped = (case.contenders[name](*inputs) for name in ("dense sdpa", "dense grouped"))
+    torch.testing.assert_close(grouped, dense)
+
+
+def test_cpu_table_has_every_contender_and_the_fastest_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = latent_attention.step(1, 64, 4, 2, 16, None, 8, dtype=torch.float32)
+    monkeypatch.setattr(kernels, "cpu_cases", lambda *, only: [case] if only == case.operation else [])
+    machine = Machine("a machine", 1e10, {torch.float32: 1e11})
+    (shown,), (row,) = kernels.run(machine, 3, quick=True, operation="latent_attention")
+    headers = [column.header for column in shown.columns]
+    assert headers == ["case", "bound", "dense sdpa", "dense grouped", OURS, "to the fastest other", "of the bound"]
+    others = {name: timing["median"] for name, timing in row["seconds"].items() if name != OURS}
+    assert row["fastest_other"] == min(others, key=lambda name: others[name])
+    assert list(shown.columns[5].cells) == [f"{row['relative_to_fastest_other']['median']:.2f}"]
+    assert {each.operation for each in cpu_cases(only="latent_attention")} == {"latent_attention"}
 
 
 def test_tables() -> None:

@@ -22,7 +22,7 @@ from spd.long_context.experiment import cells, truncated
 from spd.long_context.figures import cache_figure, perplexity_figure, position_figure, retrieval_figure
 from spd.long_context.haystack import Texts, windows_of
 from spd.long_context.quality import perplexity, retrieval, token_losses
-from spd.long_context.report import ratio, spread
+from spd.long_context.report import paired, ratio, spread, write_report
 from spd.long_context.shapes import SHAPES, make_model, random_subspace
 from spd.proving_ground import recall, recall_checkpoint
 from spd.stats import mean_interval, wilson_interval
@@ -225,9 +225,12 @@ def test_the_carried_model_retrieves_and_counts_add_up(recall_model: tuple[Any, 
     assert found["n"] == 24 == sum(part["n"] for part in found["by_depth"])
     assert found["correct"] == sum(part["correct"] for part in found["by_depth"]) >= 20
     assert found["interval_95"] == list(wilson_interval(found["correct"], 24))
+    assert [len(verdict) for verdict in found["verdicts"]] == [8] * 3
+    assert "".join(found["verdicts"]).count("1") == found["correct"]
     with spd.attach(model, random_subspace(model, 2)):
         lost = retrieval(model, (texts.haystack(number, 512, 8) for number in range(3)))
     assert lost["interval_95"][1] < found["interval_95"][0]
+    assert paired(lost, found) == 2 / 2**3 and paired(found, found) == 1.0
 
 
 @pytest.mark.parametrize("mode", ["fold", "hook", "latent_v", "latent"])
@@ -394,6 +397,36 @@ def test_a_given_subspace_is_measured_up_to_its_rank(folder: Any, tmp_path: Any)
         run(replace(given, ranks=(48,)), tmp_path / "more", progress=False)
 
 
+# Verdicts
+
+
+def test_the_test_is_paired_and_flips_whole_haystacks() -> None:
+    """By hand: haystacks move by +2, -1 and 0, so that T = 1 and all of |3|, |1|, |1|, |3| reach it."""
+    base, moved = {"verdicts": ["0011", "1111", "0101"]}, {"verdicts": ["1111", "0111", "1010"]}
+    assert paired(moved, base) == 1.0
+    lost = {"verdicts": ["0010", "0000", "0000"]}  # -1, -4 and -2: all one way
+    assert paired(lost, base) == paired(base, lost) == 2 / 2**3
+
+
+def test_the_report_tests_each_projection_against_the_unprojected(folder: Any) -> None:
+    out, _ = folder
+    found = json.loads((out / "results.json").read_text())["cells"]
+    cell, base = found["retrieval/512/random all 8"], found["retrieval/512/none"]
+    change = f"{100 * (cell['accuracy'] - base['accuracy']):+.1f} ({paired(cell, base):.3f}, "
+    report = (out / "report.md").read_text()
+    assert change in report and "Holm over all 8 comparisons" in report and "no p below 0.500" in report
+    assert "intervals that do not overlap" not in report
+
+
+def test_results_without_verdicts_are_still_reported(folder: Any, tmp_path: Any) -> None:
+    results = json.loads((folder[0] / "results.json").read_text())
+    for cell in results["cells"].values():
+        cell.pop("verdicts", None)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    report = write_report(tmp_path).read_text()
+    assert "by intervals that do not overlap" in report and "Holm" not in report
+
+
 # Figures
 
 
@@ -434,7 +467,7 @@ def test_interval_of_a_mean() -> None:
 
 def test_spread() -> None:
     assert spread([2.0]) == (2.0, 2.0, 2.0)
-    assert spread([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1.2, 2.8))
+    assert spread([3.0, 1.0, 2.5]) == (2.5, 1.0, 3.0)
 
 
 # The command line, and the model that is carried
