@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 __version__ = version.__version__
 
 _HOME = {
-    "Attachment": "spd.intervention",
-    "attach": "spd.intervention",
-    "cache_bytes": "spd.intervention",
-    "Decision": "spd.intervention",
-    "NearestCentroid": "spd.intervention",
-    "Router": "spd.intervention",
+    "Attachment": "spd.intervention.attach",
+    "attach": "spd.intervention.attach",
+    "cache_bytes": "spd.intervention.latent_cache",
+    "Decision": "spd.intervention.router",
+    "NearestCentroid": "spd.intervention.nearest_centroid",
+    "Router": "spd.intervention.router",
     "calibrate": "spd.calibration",
     "Recipe": "spd.distillation",
     "adapted": "spd.distillation",

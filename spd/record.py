@@ -1,4 +1,4 @@
-"""What a regulated user files of a subspace beyond how it was made: which examples, one by one, who and when."""
+"""Who made a subspace, when, and from which examples, one by one."""
 
 from __future__ import annotations
 

@@ -49,16 +49,6 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     return mean_interval([ratio + (a - ratio * b) / scale for a, b in zip(numerators, denominators, strict=True)])
 
 
-def mcnemar(b: int, c: int) -> float:
-    """Two-sided p of McNemar's exact test: b pairs changed one way and c the other, by fair coins.
-
-    min(1, 2 P(X <= min(b, c))), X binomial with n = b + c and 1/2.
-    """
-    n = b + c
-    tail = sum(_binomials(n)[: min(b, c) + 1])
-    return min(1.0, 2 * tail / 2**n)
-
-
 def paired_test(differences: Sequence[Sequence[int]]) -> float:
     """Two-sided p that an arm and the base answer equally well, by flipping the signs of whole questions, exactly.
 

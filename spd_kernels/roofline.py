@@ -54,9 +54,11 @@ class Machine:
         return self.seconds(work, dtype) / seconds
 
 
-# Rates measured once on the device named, for arithmetic where there is none; a benchmark measures its own.
+# For arithmetic where there is no such device; a benchmark measures its own. The copy and the 16-bit products were
+# measured once, with PyTorch and outside this project's benchmarks; fp32 is the vendor's data sheet.
+# csrc_notes/README.md says how.
 H200 = Machine(
-    "NVIDIA H200 (rates measured with PyTorch 2.11)",
+    "NVIDIA H200 (spd_kernels.roofline)",
     4.3e12,
     {torch.bfloat16: 790e12, torch.float16: 790e12, torch.float32: 67e12},
 )

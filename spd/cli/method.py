@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="The same seeds, the same bytes, whatever the batch size; slower.")
 ]
+DeterministicTraining = Annotated[
+    bool,
+    typer.Option("--deterministic", help="The same seed, the same bytes, whatever the number of threads; slower."),
+]
 GradientCheckpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Compute activations again rather than keep them.")
 ]
@@ -43,7 +47,12 @@ GradientCheckpointing = Annotated[
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="TOML file; README shows one, spd/config.py every key.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="TOML file; README shows one, spd/config.py every key, spd/recipe.py those of its table training."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME-OF-CONFIG")] = None,
     deterministic: Deterministic = False,
     profile: Annotated[
@@ -111,6 +120,7 @@ def calibrate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in one pass.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 256,
     gradient_checkpointing: GradientCheckpointing = False,
+    deterministic: Deterministic = False,
     prompts_as: PromptsAs = "plain",
     data: Data = None,
     dtype: Dtype = "auto",
@@ -133,6 +143,7 @@ def calibrate(
             batch_size=batch_size,
             max_length=max_length,
             gradient_checkpointing=gradient_checkpointing,
+            deterministic=deterministic,
             progress=not quiet,
         )
         if main:
@@ -218,12 +229,13 @@ def distill(
     model: Model,
     generations: Annotated[Path, typer.Option(help="JSON Lines file that `spd generate` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for the LoRA adapter.")],
-    preset: Annotated[str, typer.Option(help="Recipe to start from.")] = "paper",
+    preset: Annotated[str, typer.Option(help='Recipe to start from; "paper" is the only one.')] = "paper",
     learning_rate: Annotated[float | None, typer.Option(help="In place of the preset's.")] = None,
     epochs: Annotated[float | None, typer.Option(help="In place of the preset's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="In place of the preset's.")] = None,
     gradient_checkpointing: GradientCheckpointing = False,
+    deterministic: DeterministicTraining = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quiet: Quiet = False,
@@ -249,6 +261,7 @@ def distill(
             out=out,
             recipe=recipe,
             gradient_checkpointing=gradient_checkpointing,
+            deterministic=deterministic,
             progress=not quiet,
         )
         if main:
@@ -271,6 +284,7 @@ def evaluate(
     answer_by: Annotated[
         str, typer.Option(help='"generation", or "likelihood": the likeliest of the options (mmlu, bbh, choice).')
     ] = "generation",
+    deterministic: Deterministic = False,
     mode: Mode = "auto",
     sides: Sides = "kv",
     prompts_as: PromptsAs = "plain",
@@ -302,6 +316,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 answer_by=answer_by,  # type: ignore[arg-type]  # it refuses what is neither
+                deterministic=deterministic,
                 tag=_tag(subspace, mode, sides) or _tag(adapter),
                 run_generated_code=run_generated_code,
                 progress=not quiet,

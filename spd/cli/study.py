@@ -61,8 +61,10 @@ def reproduce(
     from spd.reproduce import reproduce as remake
     from spd.reproduce.settings import MINIATURE, load_settings
 
-    if miniature and (model or data):
-        raise InputError("--miniature: it has a model and data of its own; leave out --model and --data")
+    if miniature and (model or data or config):
+        raise InputError(
+            "--miniature: it has a model, data and settings of its own; leave out --model, --data and --config"
+        )
     if not miniature and not model and not config:
         raise InputError("--model: expected a checkpoint, or --miniature")
     given = {

@@ -108,7 +108,7 @@ class Machine:
     Attributes:
         name: the device.
         dtype: of weights and activations, without "torch.".
-        measured: whether they were measured here, or are a data sheet's rates.
+        measured: whether they were measured here, or are the rates in spd_kernels.roofline.H200.
         overlaps: whether the device computes while the host prepares, so that a step takes the longer of the two.
         linear: for a byte of weights, by how many rows are multiplied with them.
         append: for transformers' growing cache layer to take one more token, by the bytes of its K and V: it copies
@@ -140,7 +140,7 @@ def load(
 
     The file is $XDG_CACHE_HOME/spd/machine-HASH.json (~/.cache without the variable), for this device, dtype, number
     of threads and versions of torch, transformers and spd; a damaged one is measured anew. A GPU that is not there is
-    stood in for by the data sheet's rates, which are no measurement.
+    stood in for by the rates in spd_kernels.roofline.H200.
 
     Args:
         refresh: measure even if the file is there.
@@ -148,7 +148,7 @@ def load(
     """
     device = resolve(device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        return data_sheet(roofline.H200, dtype)
+        return from_rates(roofline.H200, dtype)
     path = cache_file(device, dtype)
     found = None if refresh else _read(path, device, dtype)
     if found is None:
@@ -199,7 +199,7 @@ def memory_bytes(device: torch.device) -> int | None:
         return None
 
 
-def data_sheet(rates: roofline.Machine, dtype: torch.dtype) -> Machine:
+def from_rates(rates: roofline.Machine, dtype: torch.dtype) -> Machine:
     """Constants of a machine that is known by its two rates alone: bounds, without what launching costs."""
     byte = 1 / rates.bytes_per_second
     flop = 1 / rates.flops_per_second.get(dtype, min(rates.flops_per_second.values()))

@@ -147,7 +147,8 @@ class Plan:
         model: the model's name.
         context, batch: cached tokens a sequence, and sequences.
         device: whose constants were used, and their `dtype`.
-        measured: whether the constants were measured there; if not, they are a data sheet's.
+        measured: whether the constants were measured there; if not, they are the rates in
+            spd_kernels.roofline.H200.
         memory_bytes: of the device, None if not known.
         predictions: by rank.
     """
@@ -215,7 +216,8 @@ def plan(
         subspace: a subspace calibrated on a model of the same configuration.
         context: tokens a sequence in the cache.
         batch: sequences decoded together.
-        device: to plan for; None is the model's. One that is not there is planned for by a data sheet's rates.
+        device: to plan for; None is the model's. One that is not there is planned for by
+            the rates in spd_kernels.roofline.H200.
         machine: constants to use in place of the measured ones of `device` (see machine.py).
         progress: show a progress bar if the machine has to be measured, which takes some seconds once.
 

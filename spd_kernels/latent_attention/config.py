@@ -93,10 +93,8 @@ def shipped(itemsize: int, architecture: Architecture) -> Iterator[tuple[bool, L
             yield latent, config
 
 
-def candidates(
-    rank_k: int | None, rank_v: int, itemsize: int, architecture: Architecture
-) -> tuple[LatentAttentionConfig, ...]:
-    """What is worth timing on a device for these ranks, the shipped ones first; all compile without a spill."""
+def candidates(rank_k: int | None, itemsize: int, architecture: Architecture) -> tuple[LatentAttentionConfig, ...]:
+    """What is worth timing on a device for this rank of keys, the shipped ones first; all compile without a spill."""
     latent = rank_k is not None
     table = _table(latent, itemsize, architecture)
     if itemsize == 2:

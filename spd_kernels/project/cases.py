@@ -32,7 +32,7 @@ def cases(architecture: Architecture, dtypes: Sequence[str], *, every: bool = Fa
         for kernel in KERNELS if every else KERNELS[:1]:
             for config, blend in itertools.product(shipped(itemsize, architecture), blends):
                 yield _case(kernel, dtype, config, blend, {})
-        for config, blend in itertools.product(shipped_coefficients(itemsize, architecture), blends):
+        for config, blend in itertools.product(shipped_coefficients(itemsize), blends):
             yield _case("project.gradient:coefficients_kernel", dtype, config, blend, {"HAS_Y": True})
         for basis in shipped_basis(itemsize, architecture):
             yield _basis_case(dtype, basis)

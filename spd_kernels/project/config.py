@@ -163,9 +163,9 @@ def choose(n_rows: int, d: int, rank: int, itemsize: int, architecture: Architec
     return _first_that_holds(rank, by_rank)
 
 
-def choose_coefficients(rank: int, itemsize: int, architecture: Architecture) -> ProjectConfig:
+def choose_coefficients(rank: int, itemsize: int) -> ProjectConfig:
     """The configuration of the gradients' first launch, which has many rows wherever its time matters."""
-    return _first_that_holds(rank, shipped_coefficients(itemsize, architecture))
+    return _first_that_holds(rank, shipped_coefficients(itemsize))
 
 
 def _first_that_holds(rank: int, by_rank: tuple[ProjectConfig, ...]) -> ProjectConfig:
@@ -184,7 +184,7 @@ def shipped(itemsize: int, architecture: Architecture) -> tuple[ProjectConfig, .
     return tuple(dict.fromkeys(table.few + table.some + table.many))
 
 
-def shipped_coefficients(itemsize: int, architecture: Architecture) -> tuple[ProjectConfig, ...]:
+def shipped_coefficients(itemsize: int) -> tuple[ProjectConfig, ...]:
     """Every configuration that `choose_coefficients` can return for this element size."""
     return _COEFFICIENTS_16 if itemsize == 2 else _COEFFICIENTS_32
 

@@ -393,7 +393,7 @@ def _plan(
         raise ValueError(f"x: expected at most {MAX_ROWS} rows; got {n_rows}")
     rank = max(u_shape[1] for _, _, _, u_shape, _ in layouts)
     architecture = launch.architecture(device)
-    config = config or choose_coefficients(rank, dtype.itemsize, architecture)
+    config = config or choose_coefficients(rank, dtype.itemsize)
     basis = basis or choose_basis(rank, dtype.itemsize, architecture)
     # Rows of c that start at multiples of 16 elements are loaded 16 bytes at a time.
     stride_c = triton.cdiv(rank, 16) * 16

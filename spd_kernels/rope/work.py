@@ -26,9 +26,3 @@ def rope_work(
     table = (n_rows if angle_rows is None else angle_rows) * (head_dim if angles is None else angles)
     moved = (2.0 * n_rows * d + d * rank + norm * head_dim) * itemsize
     return Work(moved + 2.0 * table * (itemsize if angle_itemsize is None else angle_itemsize), 4.0 * n_rows * d * rank)
-
-
-def rope_gradient_work(n_rows: int, d: int, rank: int, head_dim: int, itemsize: int, *, norm: bool = False) -> Work:
-    """The gradient to k: g and, where there is a norm, k read once, dk written once; U and full tables read once."""
-    moved = ((3.0 if norm else 2.0) * n_rows * d + d * rank + 2.0 * n_rows * head_dim + norm * head_dim) * itemsize
-    return Work(moved, (8.0 if norm else 4.0) * n_rows * d * rank)

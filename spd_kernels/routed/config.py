@@ -1,10 +1,10 @@
 """Frozen launch configurations of the routed projection.
 
-Of 16-bit sequences: a tile does what a tile of the plain projection does, in as many registers, so its configurations
-are taken: a routed launch is slower than a plain one only by what routing costs. Of packed rows: a loop over subspaces
-surrounds the passes and takes registers, so these have tables of their own. They also serve 32-bit sequences and those
-on gfx942, where some of the projection's configurations spill once routing is added. None was timed on a device; the
-arithmetic is in csrc_notes/routed.md, what each compiles to in csrc_notes/aot.md.
+Of 16-bit sequences: a tile does what a tile of the plain projection does, with registers for as many programs, so its
+configurations are taken: a routed launch is slower than a plain one only by what routing costs. Of packed rows: a loop
+over subspaces surrounds the passes and takes registers, so these have tables of their own. They also serve 32-bit
+sequences and those on gfx942, where some of the projection's configurations spill once routing is added. None was timed
+on a device; the arithmetic is in csrc_notes/routed.md, what each compiles to in csrc_notes/aot.md.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def choose(
 
 
 def choose_packed(
-    sequences: int, n_rows: int, d: int, rank: int, itemsize: int, architecture: Architecture, *, ranked: bool = False
+    sequences: int, n_rows: int, rank: int, itemsize: int, architecture: Architecture, *, ranked: bool = False
 ) -> ProjectConfig:
     """The configuration for so many packed rows; short tiles where a sequence has few rows, for a tile takes its
     subspaces one after another."""

@@ -734,9 +734,9 @@ def launch_routed(
         raise ValueError(f"x: expected at most {MAX_ROWS} rows; got {n_rows}")
     n_sequences = index.shape[0]
     if config is None:
-        limits = (d, r, x.element_size(), launch.architecture(x.device))
+        limits = (r, x.element_size(), launch.architecture(x.device))
         if rows is None:
-            config = choose(n_sequences, n_rows // n_sequences, *limits, ranked=ranks is not None)
+            config = choose(n_sequences, n_rows // n_sequences, d, *limits, ranked=ranks is not None)
         else:
             config = choose_packed(n_sequences, n_rows, *limits, ranked=ranks is not None)
     processors = launch.processors(x.device)

@@ -11,10 +11,12 @@ import pytest
 import typer
 from safetensors import SafetensorError
 
+import spd as package
 from spd.cli import app, main
 from spd.cli.output import print_scores
 from spd.errors import InputError
 from spd.evaluation import Answer, Evaluation
+from spd.recipe import PRESETS
 from spd.run import Score
 
 COMMANDS = [
@@ -105,6 +107,40 @@ def test_the_method_by_hand(spd, checkpoint, made_records, tmp_path):
         assert re.fullmatch(r"gsm8k: [\d.]+ % \(\d of 6\), 95 % interval [\d.]+ to [\d.]+\n", found.stdout)
 
 
+def test_deterministic_reaches_every_stage(spd, monkeypatch, checkpoint, made_records, tmp_path):
+    seen = []
+
+    def noted(made):
+        def call(*arguments, **settings):
+            seen.append(settings["deterministic"])
+            return made(*arguments, **settings)
+
+        return call
+
+    for stage in ("calibrate", "generate", "distill", "evaluate"):
+        monkeypatch.setattr(package, stage, noted(getattr(package, stage)))
+    common = ["--model", checkpoint, "--quiet"]
+    task = ["--task", "gsm8k", "--data", made_records]
+    generated, answers, short = tmp_path / "g.jsonl", tmp_path / "e.jsonl", ["--max-new-tokens", "4"]
+    evaluation = ["evaluate", *common, *task, *short, "--out", answers]
+    for arguments in (
+        ["calibrate", *common, *task, "--out", tmp_path / "s", "--rank", "4", "--layers", "0"],
+        ["generate", *common, *task, *short, "--out", generated, "--prompts", "3"],
+        ["distill", *common, "--generations", generated, "--out", tmp_path / "a", "--epochs", "1"],
+        evaluation,
+    ):
+        found = spd(*arguments, "--deterministic")
+        assert found.returncode == 0, found.stderr
+    assert seen == [True] * 4
+    assert spd(*evaluation).returncode == 2, "answers made otherwise are not gone on with"
+    assert seen[4:] == [False]
+
+
+def test_help_names_what_there_is(spd):
+    shown = " ".join(spd("distill", "--help").stdout.replace("│", " ").split())
+    assert all(f'"{preset}"' in shown for preset in PRESETS)
+
+
 def test_bad_input_is_one_line_and_status_2(spd, checkpoint, made_records, tmp_path):
     (tmp_path / "typo.toml").write_text('model = "m"\ntasks = ["gsm8k"]\nsede = 1\n')
     (tmp_path / "empty").mkdir()
@@ -130,6 +166,7 @@ def test_bad_input_is_one_line_and_status_2(spd, checkpoint, made_records, tmp_p
         (["generate", "-m", checkpoint, *task, *out, "--max-new-tokens", "0"], "'--max-new-tokens'"),
         (["evaluate", "-m", checkpoint, *task, "--questions", "0"], "'--questions'"),
         (["evaluate", "-m", checkpoint, *task, "--questions", "x"], "'--questions'"),
+        (["reproduce", "--miniature", "--config", tmp_path / "typo.toml"], "leave out --model, --data and --config"),
         (["evaluate", *task], "Missing option '--model'"),
         (["run", "--no-such-option"], "No such option: --no-such-option"),
         (["evalute"], "No such command 'evalute'"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracles import mcnemar
 
 import spd
 from spd import diagnostics
@@ -20,7 +21,7 @@ from spd.diagnostics import (
     overlap,
     regressions,
 )
-from spd.stats import holm, mcnemar, mean_interval, paired_mean_test, ratio_interval
+from spd.stats import holm, mean_interval, paired_mean_test, ratio_interval
 
 
 @pytest.fixture(scope="module")

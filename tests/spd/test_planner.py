@@ -16,6 +16,7 @@ from spd.intervention import machine as machines
 from spd.intervention.machine import Amount, Curve, Machine, Rates
 from spd.intervention.planner import TIE, Cost, Layer, Shape, cache_bytes, plan, predict, shape_of, step_cost
 from spd.sites import find_sites
+from spd_kernels.roofline import H200
 
 # A made-up CPU: 10 GB/s, 30 GFLOP/s, tens of microseconds to call things.
 CPU = Machine(
@@ -462,11 +463,11 @@ def test_measuring(dtype, briefly, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured")
-def test_a_gpu_that_is_not_there_has_a_data_sheet(make_model, subspace_of):
+def test_a_gpu_that_is_not_there_has_the_rates_of_an_h200(make_model, subspace_of):
     model = make_model("llama", max_position_embeddings=131072)
     found = plan(model.to(torch.bfloat16), subspace_of(model), context=131072, device="cuda")
-    assert not found.measured
-    assert found.explanation.endswith("not measured here")
+    assert not found.measured and found.device == H200.name
+    assert found.explanation.endswith("by the rates of NVIDIA H200 (spd_kernels.roofline), not measured here")
     assert all(each.fits is None for each in found.predictions)
     assert found["fold"].limit == "memory"
 

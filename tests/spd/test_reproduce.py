@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from oracles import mcnemar
 
 import spd
 from spd.arms import parse_arm
@@ -20,7 +21,7 @@ from spd.reproduce.experiment import _seed_jobs, _shared_jobs, _without_subspace
 from spd.reproduce.settings import parse_settings
 from spd.reproduce.summary import Outcomes, paired_p, summarise
 from spd.reproduce.tables import PAPER, PROVING_GROUND, PUBLISHED, Cell, Layout
-from spd.stats import mcnemar, wilson_interval
+from spd.stats import wilson_interval
 
 SIZES = {"mbpp": 50, "gsm8k": 50, "mmlu": 500}
 PAPER_LAYOUT = Layout(PAPER, SIZES, {"mbpp": 464, "gsm8k": 7473, "mmlu": 2000}, 1e-5)

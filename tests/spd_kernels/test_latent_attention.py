@@ -142,7 +142,7 @@ def test_choices(architecture: Any) -> None:
             for rank_v in (1, 64, 65, 512, 1024):
                 chosen = config.choose(rank_k, rank_v, itemsize, architecture)
                 assert (latent, chosen) in shipped
-                assert chosen in config.candidates(rank_k, rank_v, itemsize, architecture)
+                assert chosen in config.candidates(rank_k, itemsize, architecture)
                 assert rank_k is None or chosen.streamed or rank_k <= chosen.block_r
 
 

@@ -112,20 +112,20 @@ def test_configurations_follow_rows_and_rank(architecture: Architecture) -> None
         # A decode step has short tiles, however many sequences it has; prefill has tall ones.
         assert config.choose(4096, 1, *arguments).block_n == config.SHORT
         assert config.choose(64, 1024, *arguments).block_n > config.SHORT
-        assert config.choose_packed(4096, 4096, *arguments).block_n == config.SHORT
-        assert config.choose_packed(64, 65536, *arguments).block_n > config.SHORT
+        assert config.choose_packed(4096, 4096, *arguments[1:]).block_n == config.SHORT
+        assert config.choose_packed(64, 65536, *arguments[1:]).block_n > config.SHORT
         for rank, ranked, rows in itertools.product(
             (1, 16, 17, 64, 65, 128, 129, 256, 257, 512), (0, 1), (1, 100, 4096)
         ):
             rest = (1024, rank, itemsize, architecture)
             chosen = config.choose(16, rows, *rest, ranked=bool(ranked))
             assert chosen in config.candidates(rank, itemsize, architecture, packed=False)
-            chosen = config.choose_packed(16, 16 * rows, *rest, ranked=bool(ranked))
+            chosen = config.choose_packed(16, 16 * rows, *rest[1:], ranked=bool(ranked))
             assert chosen in config.candidates(rank, itemsize, architecture, packed=True)
 
 
 def test_rows_of_a_short_tile_share_the_processors() -> None:
-    short, tall = config.choose_packed(8, 8, 64, 8, 2, "sm_90"), config.choose_packed(8, 65536, 64, 8, 2, "sm_90")
+    short, tall = config.choose_packed(8, 8, 8, 2, "sm_90"), config.choose_packed(8, 65536, 8, 2, "sm_90")
     assert [config.rows_per_program(n, short, 132) for n in (1, 132, 133, 10**6)] == [1, 1, 2, 16]
     assert config.rows_per_program(10**6, tall, 132) == tall.block_n
 
@@ -167,7 +167,7 @@ class TestRoutes:
         from spd_kernels.routed.kernel import launch_routed
 
         x, bank = self._inputs(device)
-        chosen = config.choose_packed(6, 30, self.d, self.r, 4, "sm_90")
+        chosen = config.choose_packed(6, 30, self.r, 4, "sm_90")
         route = integers(index, device)
         unpacked = launch_routed(x, bank, route, 0.5, 1.0, config=chosen)
         packed, rows = pack(x)
