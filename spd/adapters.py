@@ -7,6 +7,7 @@ import os
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ def adapted(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
         yield tuned
 
 
+def check_mergeable(model: nn.Module) -> None:
+    """Refuse weights in half precision, in which most of an adapter's small update would vanish."""
+    coarse = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} & {"float16", "bfloat16"}
+    if coarse:
+        raise InputError(
+            f"model: its weights are {coarse.pop()}, in which an adapter's small updates vanish when they are merged; "
+            "for further rounds load it with dtype float32"
+        )
+
+
 @contextmanager
 def merged(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
     """The model with an adapter in its weights inside the block; the very same weights as before afterwards.
@@ -70,14 +81,9 @@ def merged(model: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
     round of self-distillation.
 
     Raises:
-        InputError: as `adapted`; or weights in half precision, in which most of so small an update would vanish.
+        InputError: as `adapted`, or as `check_mergeable`.
     """
-    coarse = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} & {"float16", "bfloat16"}
-    if coarse:
-        raise InputError(
-            f"model: its weights are {coarse.pop()}, in which an adapter's small updates vanish when they are merged; "
-            "for further rounds load it with dtype float32"
-        )
+    check_mergeable(model)
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         with adapted(model, adapter) as opened:
@@ -99,6 +105,8 @@ def with_lora(model: nn.Module, recipe: Recipe) -> Any:
     lora = _settings(model, _attention_linears(model), recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
     tuned: Any = get_peft_model(model, lora)
     lora.target_modules = sorted(lora.target_modules or ())  # peft keeps a set, whose order is another in each process
+    # embeddings are not trained; otherwise peft asks the hub at every save whether they have another size there
+    tuned.save_pretrained = partial(tuned.save_pretrained, save_embedding_layers=False)
     tuned.create_or_update_model_card = lambda folder: None  # a form that nobody fills in, with the machine's paths
     return tuned
 

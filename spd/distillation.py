@@ -90,7 +90,7 @@ def distill(
     Raises:
         InputError: no generations, an intervention or an adapter on the model, an unknown preset, an `out` made from
             other data or settings, altered, or in use by another training; not even one text fits in memory, or where
-            deterministic not a whole batch.
+            deterministic not a whole batch; the loss or a trained weight is no longer finite; another process failed.
         OSError: the disk is full.
     """
     join()
@@ -246,10 +246,15 @@ def _own_random_numbers() -> Iterator[None]:
 
 @contextmanager
 def _own_cache_setting(model: nn.Module) -> Iterator[None]:
-    """Trainer turns the model's key-value cache off."""
+    """Trainer turns the model's key-value cache off, in a composite configuration where there was no such setting."""
     config: Any = model.config
-    use_cache = config.use_cache
+    absent = object()
+    before = [(each, getattr(each, "use_cache", absent)) for each in (config, config.get_text_config())]
     try:
         yield
     finally:
-        config.use_cache = use_cache
+        for each, use_cache in before:
+            if use_cache is not absent:
+                each.use_cache = use_cache
+            elif hasattr(each, "use_cache"):
+                del each.use_cache

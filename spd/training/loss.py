@@ -12,6 +12,11 @@ from torch.nn.functional import cross_entropy, pad
 from spd.training.texts import IGNORED
 
 LOGITS_AT_ONCE = 1 << 22  # 16 MiB in float32; above it a vocabulary of 150,000 would take most of a batch's memory
+LOGITS_AT_ONCE_ON_GPU = 1 << 26  # 256 MiB: 447 rows of that vocabulary to fill it; by arithmetic, not measured
+
+
+def logits_at_once(device: torch.device) -> int:
+    return LOGITS_AT_ONCE_ON_GPU if device.type == "cuda" else LOGITS_AT_ONCE
 
 
 class SummedLoss:
@@ -30,10 +35,11 @@ class SummedLoss:
     def __call__(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Labels (B, T), of which IGNORED and each row's first do not count, and what the model takes."""
         targets = pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        if labels.numel() * self.vocabulary > LOGITS_AT_ONCE and self.in_parts:
+        at_once = logits_at_once(labels.device)
+        if labels.numel() * self.vocabulary > at_once and self.in_parts:
             hidden, _ = self._hidden(inputs)
             kept = (targets != IGNORED).to(hidden.device)
-            rows = max(1, LOGITS_AT_ONCE // self.vocabulary)
+            rows = max(1, at_once // self.vocabulary)
             total: Tensor = _LossInParts.apply(hidden[kept], targets.to(hidden.device)[kept], self.head, rows)
             return total
         logits = self.model(**inputs, use_cache=False).logits.float()
@@ -69,11 +75,20 @@ class SummedLoss:
             hidden, logits = self._hidden({"input_ids": tokens})
             if hidden.shape[:2] != tokens.shape or logits.shape[:2] != (1, 1):
                 return False
-            return torch.equal(self.head(hidden[:, -1:]).float(), logits.float())
+            return torch.equal(_logits(self.head, hidden[:, -1:]), logits.float())
         except (IndexError, TypeError):  # the output layer is called in another way, or not at all
             return False
         finally:
             self.model.train(training)
+
+
+def _logits(head: nn.Module, hidden: Tensor) -> Tensor:
+    """In float32. Under autocast some layers leave float32 to a head in half precision, called outside of it here."""
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        hidden = hidden.to(weight.dtype)
+    logits: Tensor = head(hidden).float()
+    return logits
 
 
 class _LossInParts(torch.autograd.Function):
@@ -87,7 +102,7 @@ class _LossInParts(torch.autograd.Function):
             part = slice(start, start + rows)
             with torch.enable_grad():
                 some = hidden[part].detach().requires_grad_()
-                loss = cross_entropy(head(some).float(), targets[part], reduction="sum")
+                loss = cross_entropy(_logits(head, some), targets[part], reduction="sum")
             (gradient[part],) = torch.autograd.grad(loss, some)
             total += loss.detach()
         ctx.save_for_backward(gradient)

@@ -6,8 +6,8 @@ import gc
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from spd.distributed import failing_together, is_main, rank, size
+from spd.errors import InputError
 from spd.files import sha256
 from spd.memory import FittingBatches
 from spd.model_state import checkpointed, input_device
@@ -63,12 +64,14 @@ def train(
 
     Raises:
         InputError: not even one text fits in memory, or where deterministic not a whole batch; or the layers cannot be
-            checkpointed.
+            checkpointed; or the loss or a trained weight is no longer finite.
         OSError: a checkpoint could not be written.
     """
     steps_per_epoch = math.ceil(len(texts) / recipe.batch_size)
     device = next(tuned.parameters()).device
-    arguments = TrainingArguments(
+    arguments = _Arguments(
+        device,
+        scaled=device.type == "cuda" and any(p.dtype == torch.float16 for p in tuned.parameters()),
         output_dir=str(work),
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
@@ -78,32 +81,51 @@ def train(
         warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
-        use_cpu=device.type == "cpu",
         save_strategy="steps",
         save_steps=CHECKPOINT_STEPS,
         save_total_limit=2,
         logging_steps=max(1, min(10, steps_per_epoch // 4)),
+        logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
-        fp16=device.type == "cuda" and any(p.dtype == torch.float16 for p in tuned.parameters()),  # scales the loss
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # the model is on one device, and the published batch is the whole batch
     trainer = _Trainer(tuned, arguments, texts, recipe, fixed=deterministic)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(_Progress(label, progress and is_main()))
     saving = checkpointed(tuned, training=True) if gradient_checkpointing else nullcontext()
-    with saving, _set_aside():
+    with saving, _current(device), _set_aside():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with failing_together():
+        trainer.check_weights()
     return [
         {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+
+
+class _Arguments(TrainingArguments):
+    """Of a training in one process, or one of several, on the device where the model is.
+
+    Which one transformers would take of the machine's, and what the environment says of precision, change nothing.
+    """
+
+    def __init__(self, device: torch.device, *, scaled: bool, **settings: Any) -> None:
+        self._own_device = device
+        super().__init__(**settings, use_cpu=device.type == "cpu", fp16=scaled)
+        self.mixed_precision = "fp16" if scaled else "no"  # fp16 scales the loss
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        with _current(self._own_device):  # of several, transformers makes the first the current one
+            _ = super()._setup_devices
+        self.distributed_state.device = self._own_device  # accelerate moves models there
+        self._n_gpu = 1  # the published batch is the whole batch
+        return self._own_device
 
 
 class _Trainer(Trainer):
@@ -136,9 +158,36 @@ class _Trainer(Trainer):
             torch.manual_seed(int(sha256(f"{self.recipe.seed} {self.state.global_step} {rank()}")[:15], 16))
         targets = sum(text.targets for text in inputs)
         loss = torch.zeros((), device=input_device(tuned))
-        for part in self.fitting.run(inputs[rank() :: size()], partial(self._backward, targets=targets)):
-            loss += part.to(loss.device)
-        return self._added_up(loss) if size() > 1 else loss
+        failed: Exception | None = None
+        try:
+            for part in self.fitting.run(inputs[rank() :: size()], partial(self._backward, targets=targets)):
+                loss += part.to(loss.device)
+        except Exception as error:
+            if size() == 1:
+                raise
+            failed = error
+        return self._added_up(loss, failed) if size() > 1 else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in ("loss", "train_loss"):  # the mean since the last; the mean of all
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise self._not_finite(f"a finite loss, got {logs[name]}")
+        super().log(logs, start_time)
+
+    def check_weights(self) -> None:
+        """A step that the scaling of the loss skipped leaves them finite.
+
+        Raises:
+            InputError: one is infinite or not a number.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.trained):
+            raise self._not_finite("finite trained weights, got others")
+
+    def _not_finite(self, expected: str) -> InputError:
+        return InputError(
+            f"distill: step {self.state.global_step}: expected {expected}; lower the learning_rate, or load the model "
+            "with dtype float32 or bfloat16"
+        )
 
     def floating_point_ops(self, inputs: Any) -> int:
         """An estimate that nobody reads, at a walk over all parameters for every step."""
@@ -161,16 +210,28 @@ class _Trainer(Trainer):
                 parameter.grad = gradient
             raise
 
-    def _added_up(self, loss: Tensor) -> Tensor:
-        """Sum the gradients and the loss over all processes, in one exchange."""
+    def _added_up(self, loss: Tensor, failed: Exception | None) -> Tensor:
+        """Sum the gradients and the loss over all processes, in one exchange, which tells of failures too.
+
+        Raises:
+            InputError: another process failed; or this one's own error.
+        """
         for parameter in self.trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         device = gradients[0].device
-        together = torch.cat([loss.to(device).reshape(1), *(each.reshape(-1).to(device) for each in gradients)])
+        flat = [each.reshape(-1).to(device) for each in (loss, *gradients)]
+        together = torch.cat([*flat, flat[0].new_tensor([failed is not None])])
         dist.all_reduce(together)
-        parts = together.split([1, *(each.numel() for each in gradients)])
+        if failed is not None:
+            raise failed
+        if together[-1]:
+            raise InputError(
+                f"distill: step {self.state.global_step + 1}: another process failed in its share of the batch, and "
+                "says why"
+            )
+        parts = together[:-1].split([each.numel() for each in flat])
         for gradient, part in zip(gradients, parts[1:], strict=True):
             gradient.copy_(part.view_as(gradient))
         return parts[0][0]
@@ -180,6 +241,7 @@ class _Trainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         with failing_together():
             if is_main():
+                self.check_weights()
                 try:
                     super()._save_checkpoint(*args, **kwargs)
                     seal(folder)
@@ -223,6 +285,11 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Whose random numbers Trainer keeps in a checkpoint."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

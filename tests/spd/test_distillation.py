@@ -5,13 +5,16 @@ import random
 from dataclasses import asdict
 
 import numpy as np
+import peft.utils.save_and_load
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import spd
 from spd.recipe import PRESETS
+from spd.training import trainer
 from spd.training.texts import IGNORED, collate, encode
 
 FAST = spd.Recipe(epochs=6, batch_size=4, learning_rate=2e-2, lora_dropout=0.1)
@@ -74,6 +77,33 @@ def test_training_learns_and_leaves_the_base_model_alone(family, make_model, tok
         assert float((logits(tuned, tokenizer) - base).abs().max()) > 1e-2
     assert torch.equal(logits(model, tokenizer), base)
     assert not (tmp_path / "adapter.checkpoints").exists()
+
+
+def test_a_composite_configuration_is_left_as_it_was(tokenizer, generations, tmp_path):
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 310, "max_position_embeddings": 256}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    places = {"image_token_index": 301, "boi_token_index": 302, "eoi_token_index": 303}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **places)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    assert not hasattr(config, "use_cache")
+    before = model.config.to_dict()
+    out = train(model, tokenizer, generations[:4], tmp_path / "adapter", spd.Recipe(epochs=1))
+    assert (out / "training.json").is_file()
+    assert model.config.to_dict() == before and not hasattr(model.config, "use_cache")
+    model.config.use_cache = True
+    train(model, tokenizer, generations[:4], tmp_path / "other", spd.Recipe(epochs=1))
+    assert model.config.use_cache is True
+
+
+def test_saving_does_not_ask_the_hub(model, tokenizer, generations, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *names: asked.append(names))
+    monkeypatch.setattr(trainer, "CHECKPOINT_STEPS", 1)
+    model.name_or_path = model.config._name_or_path = "somebody/something"
+    train(model, tokenizer, generations[:8], tmp_path / "adapter", spd.Recipe(epochs=1))
+    assert asked == []
 
 
 def test_the_adapter_is_a_plain_peft_adapter(model, make_model, tokenizer, generations, tmp_path):

@@ -197,6 +197,59 @@ def test_a_full_disk_is_one_line_and_what_was_whole_remains(
     assert_same(train(model, tokenizer, generations, tmp_path / "adapter"), undisturbed)
 
 
+def test_a_loss_that_is_not_finite_ends_the_training(model, tokenizer, generations, tmp_path, monkeypatch):
+    before, calls = SummedLoss.__call__, 0
+
+    def call(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return before(self, *args, **kwargs) * (float("nan") if calls > 9 else 1.0)
+
+    monkeypatch.setattr(SummedLoss, "__call__", call)
+    with pytest.raises(
+        spd.InputError, match="distill: step 10: expected a finite loss, got nan; lower the learning_rat"
+    ):
+        train(model, tokenizer, generations, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    work = tmp_path / "adapter.checkpoints"
+    assert checkpoints.last_whole(work) == work / "checkpoint-7"
+
+
+@pytest.mark.parametrize(("step", "last"), [(7, None), (14, "checkpoint-7"), (30, "checkpoint-28")])
+def test_weights_that_are_not_finite_are_not_saved(step, last, model, tokenizer, generations, tmp_path, monkeypatch):
+    class Poison(trainer._Progress):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control)
+            if state.global_step == step:
+                with torch.no_grad():
+                    next(p for p in kwargs["model"].parameters() if p.requires_grad).view(-1)[3] = float("inf")
+
+    monkeypatch.setattr(trainer, "_Progress", Poison)
+    with pytest.raises(spd.InputError, match=f"distill: step {step}: expected finite trained weights"):
+        train(model, tokenizer, generations, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    work = tmp_path / "adapter.checkpoints"
+    assert checkpoints.last_whole(work) == (work / last if last else None)
+
+
+def test_gradients_that_are_not_finite_are_left_to_the_scaling_of_the_loss(
+    model, tokenizer, generations, tmp_path, monkeypatch
+):
+    """It skips such a step, after which the loss and the weights are finite."""
+    skipped = []
+
+    def infinite(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            for parameter in self.trained:
+                parameter.grad = None  # nothing to step with
+            skipped.append(self.state.global_step)
+        return torch.tensor(float("inf") if skipped else 1.0)
+
+    monkeypatch.setattr(trainer._Trainer, "_get_grad_norm", infinite)
+    out = train(model, tokenizer, generations, tmp_path / "adapter")
+    assert skipped == [4] and (out / "training.json").is_file()
+
+
 def test_two_trainings_do_not_share_a_folder(model, tokenizer, generations, tmp_path):
     held = multiprocessing.get_context("fork").Event()
 

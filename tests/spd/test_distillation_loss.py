@@ -1,8 +1,11 @@
 """The loss of a batch however it is laid out, in parts or whole, and what it takes of memory."""
 
+from types import MethodType
+
 import pytest
 import torch
-from families import FAMILIES
+import transformers
+from families import FAMILIES, GROUPED, MORE_FAMILIES, WIDTHS
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, pad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +67,32 @@ def test_the_loss_in_parts_is_the_loss(family, ignored, make_model, monkeypatch)
     in_parts = SummedLoss(model)
     assert in_parts.in_parts == (family not in ("gemma2", "cohere"))
     assert_same(value_and_gradients(model, in_parts, batch), whole)
+
+
+def test_hidden_states_wider_than_the_head(make_model, monkeypatch):
+    """As autocast on a GPU leaves them: a norm's result in float32 before a head in half precision."""
+    model = tuned(make_model("gpt_neox").bfloat16())
+    inner = model.get_base_model()
+    norm = inner.gpt_neox.final_layer_norm
+    own = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: own(x).float())
+    cast = torch.autocast("cpu", dtype=torch.bfloat16)(type(inner).forward)
+    monkeypatch.setattr(inner, "forward", MethodType(cast, inner))
+    batch = collate(texts(24, 9, 17))
+    whole = value_and_gradients(model, SummedLoss(model), batch)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 7 * 300)
+    in_parts = SummedLoss(model)
+    assert in_parts.in_parts
+    found = value_and_gradients(model, in_parts, batch)
+    torch.testing.assert_close(found[0], whole[0], rtol=1e-3, atol=0.0)
+    scale = max(float(gradient.abs().max()) for gradient in whole[1].values())
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0.0, atol=2e-2 * scale)
+
+
+def test_a_gpu_takes_more_logits_at_once():
+    assert loss.logits_at_once(torch.device("cuda", 1)) == 1 << 26
+    assert loss.logits_at_once(torch.device("cpu")) == 1 << 22
 
 
 class Largest(TorchDispatchMode):
@@ -129,6 +158,52 @@ def test_a_model_that_mixes_texts_gets_padded_rows(make_model, monkeypatch):
     monkeypatch.setattr(layout, "pack", without_positions)
     assert not Layout(model).keeps_apart
     assert Layout(model).batch(uneven).keys() == collate(uneven).keys()
+
+
+HYBRIDS = {
+    "Lfm2": GROUPED | {"layer_types": ["conv", "full_attention"] * 2},
+    "FalconH1": GROUPED | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    "Jamba": GROUPED | {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
+    "Qwen3Next": GROUPED
+    | {"layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 8, "num_experts": 2}
+    | {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    | {"num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+}
+MIXING: dict[str, dict[str, object]] = HYBRIDS | {
+    "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "Falcon": WIDTHS | {"alibi": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MIXING)
+def test_models_that_mix_texts_get_padded_rows_in_any_precision(name, dtype, monkeypatch):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=300, **MIXING[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
+    chosen = Layout(model)
+    assert chosen._only_attends == (name not in HYBRIDS)
+    assert not chosen.keeps_apart
+    monkeypatch.setattr(Layout, "_only_attends", True)
+    assert not Layout(model).keeps_apart, "seen in the logits too"
+
+
+@pytest.mark.parametrize("family", sorted((FAMILIES | MORE_FAMILIES).keys() - {"gpt_oss"}))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_one_row(family, dtype, make_model):
+    assert Layout(tuned(make_model(family).to(dtype))).keeps_apart
+
+
+def test_the_weights_tell_the_precision_of_logits_in_float32(make_model, monkeypatch):
+    own = Layout._logits
+
+    def rounded(self, batch, device):
+        return own(self, batch, device).float() * (1.0 if "position_ids" in batch else 1.01)
+
+    monkeypatch.setattr(Layout, "_logits", rounded)
+    assert Layout(make_model("qwen3").bfloat16()).keeps_apart
+    assert not Layout(make_model("qwen3")).keeps_apart
 
 
 def test_one_row_where_padding_costs_more(make_model):

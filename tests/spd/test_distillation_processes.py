@@ -82,3 +82,10 @@ def test_processes_that_disagree_refuse_together(folder):
     assert not (folder / "refused").exists()
     assert not (folder / "refused.checkpoints").exists()
     assert not list(folder.glob(".*.lock"))
+
+
+def test_a_process_that_fails_in_a_step_ends_all(folder):
+    waiting, failing = said(folder, "one_without_memory", 2)
+    assert failing.startswith("InputError: distill: not even one of the texts fits in memory")
+    assert waiting == "InputError: distill: step 3: another process failed in its share of the batch, and says why"
+    assert not (folder / "without").exists()

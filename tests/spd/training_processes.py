@@ -21,6 +21,7 @@ import torch.distributed as dist
 import spd
 from spd import distributed
 from spd.training import trainer
+from spd.training.loss import SummedLoss
 
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 RECIPE = spd.Recipe(epochs=2, batch_size=4, learning_rate=5e-3, lora_dropout=0.0)
@@ -94,6 +95,26 @@ def no_texts_in_one() -> str:
         return str(error)
 
 
+def one_without_memory() -> str:
+    """From the third step on, rank 1 has memory for not even one text."""
+    if distributed.rank() == 0:
+        return trained("without")
+    before, calls = SummedLoss.__call__, 0
+
+    def call(self: SummedLoss, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return before(self, *args, **kwargs)
+
+    SummedLoss.__call__ = call  # type: ignore[method-assign]
+    try:
+        return trained("without")
+    finally:
+        SummedLoss.__call__ = before  # type: ignore[method-assign]
+
+
 JOBS: list[tuple[Callable[[], str], tuple[int, ...]]] = [
     (moved, (3, 2, 1)),
     (plain, (3, 2, 1)),
@@ -102,6 +123,7 @@ JOBS: list[tuple[Callable[[], str], tuple[int, ...]]] = [
     (with_dropout_and_a_pause, (2,)),
     (other_texts, (2,)),
     (no_texts_in_one, (2,)),
+    (one_without_memory, (2,)),
 ]
 
 
