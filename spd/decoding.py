@@ -6,14 +6,16 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from spd.likelihood import not_finite, takes_cache
 from spd.model_state import input_device
-from spd.sampling import Sampling
+from spd.sampling import NO_TOKEN, Sampling
 
 ROOM = 64
 """Tokens by which a full cache buffer grows."""
@@ -24,7 +26,13 @@ LEAVE = 8
 LEAST_PREFIX = 16
 """Tokens at the front that all prompts of a batch must share to be run once."""
 
+TRIED = 4
+"""Tokens of a prompt tried behind padding: a recurrent layer forgets in many what was before them."""
+
 Around = Callable[[list[int]], AbstractContextManager[object]]
+
+_TAKES_PADDING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What a trial has shown of models that are left to their own `generate`."""
 
 
 class Decoder:
@@ -57,13 +65,10 @@ class Decoder:
         self.pad = pad
         self.stopped = stopped
         self.around = around or (lambda indices: nullcontext())
-        self.shares_prefix = around is None
+        self.shares_prefix = around is None and not _hides_windows(model)
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         accepted = inspect.signature(inner.forward).parameters
-        self.usual = {"attention_mask", "position_ids", "past_key_values", "use_cache"} <= accepted.keys() and all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-            for layer in DynamicCache(config=inner.config).layers
-        )
+        self.usual = takes_cache(model, (DynamicLayer, DynamicSlidingWindowLayer))
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     @torch.inference_mode()
@@ -73,6 +78,9 @@ class Decoder:
         Args:
             indices: the prompts' numbers, which their random numbers are drawn from.
             prompts: their tokens.
+
+        Raises:
+            InputError: the largest logit behind a prompt is not finite.
         """
         if not self.usual:
             return self._by_transformers(indices, prompts)
@@ -94,14 +102,19 @@ class Decoder:
                 if step == 0:
                     make_room(cache)
                 chosen = self.sampling.choose(logits.to(device), uniforms[:, step])
-                for row, token in zip(rows, chosen.tolist(), strict=True):
+                found = chosen.tolist()
+                for row, token in zip(rows, found, strict=True):
                     if row not in ended:
+                        if token == NO_TOKEN:
+                            raise not_finite(self.model, f"prompt {indices[row]}")
                         sampled[row].append(token)
                         if token in self.ends or (self.stopped and self.stopped(indices[row], sampled[row])):
                             ended.add(row)
                 staying = [place for place, row in enumerate(rows) if row not in ended]
                 if not staying or step + 1 == self.sampling.max_new_tokens:
                     break
+                if NO_TOKEN in found:  # of a row that has ended
+                    chosen = chosen.clamp(min=0)
                 tokens, positions = chosen[:, None], positions[:, -1:] + 1
                 mask = torch.cat((mask, mask.new_ones((len(rows), 1))), dim=1)
                 if (len(rows) - len(staying)) * LEAVE >= len(rows):
@@ -144,6 +157,50 @@ class Decoder:
         return output.logits[:, -1]
 
     def _by_transformers(self, indices: Sequence[int], prompts: Sequence[list[int]]) -> list[list[int]]:
+        lengths = sorted(set(map(len, prompts)))
+        if len(lengths) == 1 or self._takes_padding(indices, prompts):
+            return self._generated(indices, prompts)
+        found: dict[int, list[int]] = {}
+        for length in lengths:
+            places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
+            sampled = self._generated([indices[place] for place in places], [prompts[place] for place in places])
+            found |= zip(places, sampled, strict=True)
+        return [found[place] for place in range(len(prompts))]
+
+    def _takes_padding(self, indices: Sequence[int], prompts: Sequence[list[int]]) -> bool:
+        """Whether a short prompt gets the same logits behind padding, beside a long one, as alone; tried once a model.
+
+        A recurrent layer may take padding for text.
+        """
+        if self.model not in _TAKES_PADDING:
+            order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+            pair = [indices[order[0]], indices[order[-1]]]
+            short, long = prompts[order[0]][:TRIED], prompts[order[-1]]
+            alone = self._first_logits(pair[:1], [short])
+            beside = self._first_logits(pair, [short, long])
+            eps = torch.finfo(self.model.dtype).eps
+            scale = max(float(each.nan_to_num(0.0, 0.0, 0.0).abs().max()) for each in alone)
+            _TAKES_PADDING[self.model] = all(
+                torch.allclose(padded[:1], single, rtol=0.0, atol=max(1e-4, 8 * eps) * scale)
+                for padded, single in zip(beside, alone, strict=False)
+            )
+        return _TAKES_PADDING[self.model]
+
+    def _first_logits(self, indices: list[int], prompts: Sequence[list[int]]) -> Sequence[Tensor]:
+        """Those (B, V) of the first two tokens behind the prompts, or of one if the texts end there."""
+        tokens, mask = left_padded(prompts, self.pad, input_device(self.model))
+        with self.around(indices):
+            return self.model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=min(2, self.sampling.max_new_tokens),
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            ).logits
+
+    def _generated(self, indices: Sequence[int], prompts: Sequence[list[int]]) -> list[list[int]]:
+        """By the model's own `generate`, in one batch."""
         device = input_device(self.model)
         tokens, mask = left_padded(prompts, self.pad, device)
         uniforms = self.sampling.uniforms(indices, device)
@@ -157,7 +214,11 @@ class Decoder:
                 logits_processor=LogitsProcessorList([chosen]),
             )
         sampled = output[:, tokens.shape[1] :].tolist()
-        return [self._until_end(index, row) for index, row in zip(indices, sampled, strict=True)]
+        found = [self._until_end(index, row) for index, row in zip(indices, sampled, strict=True)]
+        for index, own, good in zip(indices, found, chosen.good.tolist(), strict=True):
+            if good < len(own):
+                raise not_finite(self.model, f"prompt {index}")
+        return found
 
     def _until_end(self, index: int, sampled: list[int]) -> list[int]:
         for count, token in enumerate(sampled, start=1):
@@ -167,16 +228,23 @@ class Decoder:
 
 
 class OwnSampling(LogitsProcessor):
-    """Leaves only the token possible that `Sampling` chooses, so that greedy decoding picks it."""
+    """Leaves only the token possible that `Sampling` chooses, so that greedy decoding picks it.
+
+    Attributes:
+        good: how many tokens (B,) each row had before the first whose logits were not finite.
+    """
 
     def __init__(self, sampling: Sampling, uniforms: Tensor, prompt_length: int) -> None:
         self.sampling = sampling
         self.uniforms = uniforms
         self.prompt_length = prompt_length
+        self.good = torch.full((len(uniforms),), sampling.max_new_tokens, device=uniforms.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self.sampling.choose(scores, self.uniforms[:, input_ids.shape[1] - self.prompt_length])
-        return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
+        step = input_ids.shape[1] - self.prompt_length
+        token = self.sampling.choose(scores, self.uniforms[:, step])
+        self.good = torch.where(token == NO_TOKEN, self.good.clamp(max=step), self.good)
+        return torch.full_like(scores, float("-inf")).scatter(1, token.clamp(min=0)[:, None], 0.0)
 
 
 class RoomyLayer(DynamicLayer):
@@ -223,6 +291,11 @@ def left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) ->
     tokens = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return tokens.to(device), mask.to(device)
+
+
+def _hides_windows(model: Any) -> bool:
+    """Whether attention looks no further than a window that the cache does not know of, as GPT-Neo's does."""
+    return "local" in (getattr(model.config.get_text_config(), "attention_layers", None) or ())
 
 
 def _with_room(stored: Tensor) -> Tensor:

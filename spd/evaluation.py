@@ -19,7 +19,8 @@ from spd.distributed import is_main, join, on_main
 from spd.errors import InputError
 from spd.files import sha256, write_text
 from spd.generation import GROUP, CompletionsFile, Generation, generate, without_room
-from spd.likelihood import completion_nll, some
+from spd.intervention.attach import intervention_on
+from spd.likelihood import completion_nll, refuse_nan, some
 from spd.options import encode_choice, option_nlls
 from spd.packed import packed
 from spd.progress import bar
@@ -255,6 +256,7 @@ def _likeliest(
         "options_sha256": sha256(json.dumps(options)),
         "answer_by": "likelihood",
         "tag": tag,
+        **intervention_on(model),
         **({"deterministic": True} if deterministic else {}),
     }
     store = CompletionsFile(out, settings, prompts) if out is not None and is_main() else None
@@ -269,6 +271,8 @@ def _likeliest(
         for nlls in option_nlls(
             model, choices, done=set(chosen), batch_size=size, deterministic=deterministic, label=label
         ):
+            for index, own in nlls.items():
+                refuse_nan(model, own, f"question {index}, {prompts[index]!r:.60}")
             fresh = {index: options[index][own.index(min(own))] for index, own in nlls.items() if index not in chosen}
             if store:
                 store.append([Generation(index, prompts[index], text, [], True) for index, text in fresh.items()])

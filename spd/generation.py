@@ -19,6 +19,7 @@ from spd.decoding import Decoder
 from spd.determinism import one_thread, warn_if_not_deterministic
 from spd.errors import InputError
 from spd.files import sha256
+from spd.intervention.attach import intervention_on
 from spd.memory import FittingBatches
 from spd.model_state import position_limit, preserved
 from spd.packed import packed
@@ -82,7 +83,8 @@ def generate(
             says that it cannot be.
         shard: (i, n): be worker i of n, counted from 0, in a process of its own. With `out` all need the same
             `batch_size`, which is refused otherwise.
-        tag: any text that tells apart what `out` depends on besides the arguments: an intervention, an adapter.
+        tag: any text that tells apart what `out` depends on besides the arguments and the intervention on the model:
+            an adapter, what `around` makes.
         around: makes the context in which a batch is decoded from the indices of its prompts, in the order of its
             rows; `Router.generate` uses it. It is made anew when rows that have ended leave the batch.
         label: what the progress bar says.
@@ -94,7 +96,8 @@ def generate(
 
     Raises:
         InputError: unusable arguments, a prompt with no token or too long for the model, an `out` made otherwise or in
-            use by another process, or a prompt that does not fit in memory even alone, or where deterministic 32.
+            use by another process, a prompt that does not fit in memory even alone, or where deterministic 32, or one
+            behind which the model's logits are not finite.
     """
     if shard is None:
         distributed.join()
@@ -118,6 +121,7 @@ def generate(
         **described(prompts, sampling, tag),
         **({"stop": list(stop)} if stop else {}),
         **({"deterministic": True} if deterministic else {}),
+        **intervention_on(model),
     }
     if together:
         distributed.check_same("generate: the arguments", (settings, batch_size))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -117,8 +118,10 @@ def _nll(
         logits, targets = scored_logits(model, [texts[index] for index in batch])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = cross_entropy(logits, targets, reduction="none").double().cpu()
-        split = zip(batch, losses.split([texts[index].scored for index in batch]), strict=True)
-        return {index: TextNLL(float(own.sum()), len(own)) for index, own in split}
+        sums = [float(own.sum()) for own in losses.split([texts[index].scored for index in batch])]
+        for index, nll in zip(batch, sums, strict=True):
+            refuse_nan(model, [nll], f"{name}[{index}]")
+        return {index: TextNLL(nll, texts[index].scored) for index, nll in zip(batch, sums, strict=True)}
 
     found: dict[int, TextNLL] = {}
     with bar(total=len(texts), label=label, unit="texts", show=progress) as shown:
@@ -245,12 +248,27 @@ def logits_at(model: nn.Module, tokens: Tensor, real: Tensor, positions: Tensor,
     return logits[:, positions.to(logits.device)]
 
 
-def takes_cache(model: nn.Module) -> bool:
-    """Whether the model goes on from a cache of the usual kind, in which every layer sees all tokens."""
+def not_finite(model: nn.Module, what: str) -> InputError:
+    """What to raise where the largest logit is NaN or infinite."""
+    return InputError(
+        f"model: expected finite logits, got NaN or infinity for {what}; float16 overflows where bfloat16 and float32 "
+        f"do not (it is in {getattr(model, 'dtype', None)}): load it with one of those, or else look for NaN in its "
+        "weights and adapters"
+    )
+
+
+def refuse_nan(model: nn.Module, nlls: Sequence[float], what: str) -> None:
+    """Refuse -log p that are NaN, as they are where the largest logit is not finite."""
+    if any(map(math.isnan, nlls)):
+        raise not_finite(model, what)
+
+
+def takes_cache(model: nn.Module, layers: Collection[type] = (DynamicLayer,)) -> bool:
+    """Whether the model goes on from a cache of the usual kind, of such layers: by default each sees all tokens."""
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     accepted = inspect.signature(inner.forward).parameters
     return {"attention_mask", "position_ids", "past_key_values", "use_cache"} <= accepted.keys() and all(
-        type(layer) is DynamicLayer for layer in DynamicCache(config=inner.config).layers
+        type(layer) in layers for layer in DynamicCache(config=inner.config).layers
     )
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 CANDIDATES = 128
 """Tokens that are looked at before a large vocabulary is sorted: most often they hold the whole nucleus."""
 
+NO_TOKEN = -1
+"""Chosen where no token can be: the largest logit of the row is not finite."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -39,9 +42,10 @@ class Sampling:
         return torch.from_numpy(np.stack(drawn)).to(device)
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """(B,) tokens from logits (B, V) and uniform numbers (B,)."""
+        """(B,) tokens from logits (B, V) and uniform numbers (B,); `NO_TOKEN` in rows of NaN or infinity."""
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            best = logits.argmax(dim=-1, keepdim=True)  # NaN counts as the largest
+            return torch.where(logits.gather(-1, best).isfinite(), best, NO_TOKEN)[:, 0]
         scores = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[:, -1:], float("-inf"))
@@ -52,7 +56,8 @@ class Sampling:
         total = cumulative[:, -1:]
         # below the total even where the product rounds up to it: nothing that has no share is ever chosen
         wanted = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+        found = torch.searchsorted(cumulative, wanted, right=True)
+        return torch.where(total > 0.0, found, NO_TOKEN)[:, 0]
 
 
 def least_of_nucleus(shares: Tensor, top_p: float) -> Tensor:

@@ -299,9 +299,10 @@ def evaluate(
     if subspace and adapter:
         raise InputError("--subspace and --adapter: give one of them; the adapter is for the unprojected model")
     _check_projection(subspace, mode, sides)
-    announce_sandbox(run_generated_code, quiet)
     chosen = _task(task, data, prompts_as, model)
     with together() as main:
+        if main:
+            announce_sandbox(run_generated_code, quiet)
         loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
         with (
             _projected(loaded, subspace, mode, sides),

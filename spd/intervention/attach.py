@@ -1,7 +1,8 @@
 """Projecting K and V of a model: `spd.attach`.
 
 Four forms of the same intervention K <- a K + b K U_K U_Kᵀ (and V alike). `hook` computes it on the outputs of k_proj
-and v_proj and is the reference; `fold` multiplies it into their weights, W <- a W + b U Uᵀ W, and costs nothing.
+and v_proj and is the reference; `fold` multiplies it into their weights, W <- a W + b U Uᵀ W, and costs nothing. It is
+exact but for one rounding of the folded weights to their dtype.
 `latent_v` and `latent` project as the hook does and cache V, or both, as the r numbers a token that are left of them.
 A `Router` does as the hook does, with a subspace for each sequence.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from types import TracebackType
-from typing import Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +23,7 @@ from spd.intervention.hook import Hook, ProjectOutput
 from spd.intervention.latent_probe import install_latent
 from spd.intervention.planner import plan
 from spd.intervention.router import Routed, RouteOutput, Router
-from spd.intervention.target import Form, LatentMode, Target, find_targets
+from spd.intervention.target import Form, Intervention, LatentMode, Target, find_targets
 from spd.sites import find_sites
 from spd.subspace import Subspace
 
@@ -34,8 +35,8 @@ class _Installed(Protocol):
     def remove(self) -> None: ...
 
 
-_ATTACHED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-"""The modules under an intervention, and its mode. Weak, so that a forgotten handle keeps no model alive."""
+_ATTACHED: WeakKeyDictionary[nn.Module, Intervention] = WeakKeyDictionary()
+"""The modules under an intervention, and which. Weak, so that a forgotten handle keeps no model alive."""
 
 
 class Attachment:
@@ -45,13 +46,17 @@ class Attachment:
         mode: the form in use: "hook", "fold", "latent_v" or "latent".
     """
 
-    def __init__(self, modules: list[nn.Module], mode: Form, installed: _Installed) -> None:
-        self.mode: Form = mode
+    def __init__(self, modules: list[nn.Module], intervention: Intervention, installed: _Installed) -> None:
+        self.mode: Form = intervention.mode
         self._modules = modules
         self._installed: _Installed | None = installed
-        if mode != "fold":
+        if self.mode != "fold":
             torch.compiler.reset()  # a model that was compiled before does not look whether it has hooks now
-        _ATTACHED.update((module, mode) for module in modules)
+        for module in modules:
+            _ATTACHED[module] = intervention
+            for hook in module._forward_hooks.values():
+                if isinstance(hook, ProjectOutput):
+                    hook.part_of = intervention
 
     def remove(self) -> None:
         if self._installed is not None:
@@ -90,9 +95,10 @@ def attach(
         model: a causal language model of transformers.
         subspace: a subspace calibrated on a model of the same configuration, or a router over some. Under a router
             every forward pass stands in a `with router.use(...)`, and the mode is "hook".
-        mode: "fold" (exact, no cost while running), "hook" (the reference), or "auto": fold where it can be done,
-            else hook. "latent_v" projects as the hook does and keeps V as latents in
-            the cache that generation makes, "latent" K and V; both need a = 0, b = 1 and a cache that starts empty.
+        mode: "fold" (no cost while running; exact but for one rounding of the folded weights to their dtype), "hook"
+            (the reference), or "auto": fold where it can be done, else hook. "latent_v" projects as the hook does and
+            keeps V as latents in the cache that generation makes, "latent" K and V; both need a = 0, b = 1 and a cache
+            that starts empty.
         sides: which of K and V.
         a: weight of the unprojected activation.
         b: weight of the projection.
@@ -124,13 +130,14 @@ def attach(
     targets = find_targets(find_sites(model), subspace, sides)
 
     if mode in ("latent_v", "latent"):
-        return _attach_latent(model, mode, targets, sides, a, b)
+        return _attach_latent(model, mode, subspace, targets, sides, a, b)
     wanted = () if mode == "hook" else targets
     obstacle = next(filter(None, (why_not_fold(model, each) for each in wanted)), None)
     if mode == "fold" and obstacle:
         raise InputError(f'mode "fold" cannot be used here: {obstacle}; mode "hook" can')
     form = Hook if mode == "hook" or obstacle else Fold
-    return Attachment([each.projection.module for each in targets], form.mode, form(targets, a, b))
+    intervention = Intervention(form.mode, subspace, sides, a, b)
+    return Attachment([each.projection.module for each in targets], intervention, form(targets, a, b))
 
 
 def _attach_router(
@@ -140,7 +147,7 @@ def _attach_router(
         asked = f"mode {mode!r}" if context is None else f"context = {context!r}"
         raise InputError(f'attach: a router has mode "hook" alone, since no weight serves every sequence; got {asked}')
     routed = Routed(router, model, find_sites(model), sides, a, b)
-    return Attachment(routed.modules, "hook", routed)
+    return Attachment(routed.modules, Intervention("hook", router, sides, a, b), routed)
 
 
 def _attach_planned(
@@ -158,7 +165,7 @@ def _attach_planned(
 
 
 def _attach_latent(
-    model: nn.Module, mode: LatentMode, targets: list[Target], sides: str, a: float, b: float
+    model: nn.Module, mode: LatentMode, subspace: Subspace, targets: list[Target], sides: str, a: float, b: float
 ) -> Attachment:
     if (a, b) != (0.0, 1.0):
         raise InputError(
@@ -169,7 +176,8 @@ def _attach_latent(
     if not set(needed) <= set(sides):
         raise InputError(f'mode "{mode}": expected sides that include {needed!r}, got {sides!r}')
     installed = install_latent(model, mode, targets)
-    return Attachment([each.projection.module for each in targets], mode, installed)
+    intervention = Intervention(mode, subspace, sides, a, b)
+    return Attachment([each.projection.module for each in targets], intervention, installed)
 
 
 def refuse_if_attached(model: nn.Module, caller: str) -> None:
@@ -179,9 +187,19 @@ def refuse_if_attached(model: nn.Module, caller: str) -> None:
         raise InputError(f"{caller}: the model carries an intervention already (mode {mode!r}); remove it first")
 
 
+def intervention_on(model: nn.Module) -> dict[str, Any]:
+    """What the settings of a result say of the intervention on the model: nothing where there is none."""
+    found = next(filter(None, map(_intervention_of, model.modules())), None)
+    return {} if found is None else {"intervention": found.described()}
+
+
+def _intervention_of(module: nn.Module) -> Intervention | None:
+    """Found also on a copy of a model, which is in no registry but has the hooks; a router leads no copy."""
+    hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, ProjectOutput))
+    return _ATTACHED.get(module) or next((hook.part_of for hook in hooks), None)
+
+
 def _mode_of(module: nn.Module) -> str | None:
-    """The mode of the intervention on this module. A copy of a model under one is in no registry, but has the hooks."""
-    if module in _ATTACHED:
-        return _ATTACHED[module]
-    hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, (ProjectOutput, RouteOutput))]
-    return "hook" if hooks else None
+    found = _intervention_of(module)
+    hooked = any(isinstance(hook, (ProjectOutput, RouteOutput)) for hook in module._forward_hooks.values())
+    return found.mode if found else "hook" if hooked else None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spd.intervention.target import Target
+from spd.intervention.target import Intervention, Target
 from spd_kernels import project
 
 
@@ -24,7 +24,13 @@ class Hook:
 
 
 class ProjectOutput:
-    """A forward hook. The basis follows the activations' dtype and device, one copy for each that is met."""
+    """A forward hook. The basis follows the activations' dtype and device, one copy for each that is met.
+
+    Attributes:
+        part_of: what it is a part of, for copies of the model, which have it too.
+    """
+
+    part_of: Intervention | None = None
 
     def __init__(self, target: Target, a: float, b: float) -> None:
         self._projection = target.projection

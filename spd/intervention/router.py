@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -98,6 +99,7 @@ class Router:
         self.decisions: list[Decision] = []
         self._choose = choose
         self._lanes: list[_Lane] = []
+        self._in_use: list[int] | None = None
         self._busy = threading.Lock()
 
     @contextmanager
@@ -120,12 +122,14 @@ class Router:
         if not self._busy.acquire(blocking=False):
             raise InputError("router: use: another block is in place; a router has one at a time, in all threads")
         try:
+            self._in_use = positions
             for lane in self._lanes:
                 lane.set(positions)
             yield
         finally:
             for lane in self._lanes:
                 lane.set(None)
+            self._in_use = None
             self._busy.release()
 
     def choose(self, prompts: Sequence[str]) -> list[Decision]:
@@ -183,10 +187,20 @@ class Router:
             model,
             tokenizer,
             prompts,
-            tag=f"{tag} routes {sha256(json.dumps(chosen))}".lstrip(),
+            tag=f"{tag} routes {sha256(json.dumps([name and self._hashes[name] for name in chosen]))}".lstrip(),
             around=lambda batch: self.use([chosen[index] for index in batch]),
             **settings,
         )
+
+    def described(self) -> dict[str, Any]:
+        """Its subspaces, and inside `use` the routes, as plain data."""
+        names = (*self.names, None)
+        routes = {} if self._in_use is None else {"routes": [names[place] for place in self._in_use]}
+        return {"subspaces": self._hashes, **routes}
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {name: subspace.sha256 for name, subspace in self.subspaces.items()}
 
     def _positions(self, routes: Sequence[str | None] | str | None, empty: bool = False) -> list[int]:
         """The names' places among `names`, -1 for None."""

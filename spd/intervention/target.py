@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from spd.errors import InputError
 from spd.sites import Projection, Site
 from spd.subspace import Subspace
+
+if TYPE_CHECKING:
+    from spd.intervention.router import Router
 
 Form = Literal["hook", "fold", "latent_v", "latent"]
 LatentMode = Literal["latent_v", "latent"]
@@ -24,6 +28,28 @@ class Target:
     projection: Projection
     basis: Tensor
     attention: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """What was asked of `attach`, and the mode that does it."""
+
+    mode: Form
+    subspace: Subspace | Router
+    sides: str
+    a: float
+    b: float
+
+    def described(self) -> dict[str, Any]:
+        """What changes results, as plain data. The modes differ in rounding alone."""
+        own = self.subspace
+        what = {"subspace": self._sha256} if isinstance(own, Subspace) else own.described()
+        return {**what, "sides": self.sides, "a": float(self.a), "b": float(self.b)}
+
+    @cached_property
+    def _sha256(self) -> str:
+        assert isinstance(self.subspace, Subspace)
+        return self.subspace.sha256
 
 
 def find_targets(sites: dict[int, Site], subspace: Subspace, sides: str) -> list[Target]:

@@ -231,6 +231,25 @@ def test_what_is_written_is_resumed_and_told_apart(model, tokenizer, tmp_path):
         spd.evaluate(model, tokenizer, task, **settings)
 
 
+def test_another_intervention_is_told_apart(model, tokenizer, subspace_of, tmp_path):
+    subspace = subspace_of(model)
+    settings = {"out": tmp_path / "colours.jsonl", "answer_by": "likelihood", "progress": False}
+    with spd.attach(model, subspace, mode="hook"):
+        whole = spd.evaluate(model, tokenizer, Colours(), **settings)
+        assert spd.evaluate(model, tokenizer, Colours(), **settings) == whole
+    with (
+        spd.attach(model, subspace.truncate(2), mode="hook"),
+        pytest.raises(spd.InputError, match="was made with another intervention"),
+    ):
+        spd.evaluate(model, tokenizer, Colours(), **settings)
+
+
+def test_logits_that_are_not_finite_choose_nothing(model, tokenizer):
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(spd.InputError, match=r"^model: expected finite logits, .* question \d, '.*float32"):
+        spd.evaluate(model, tokenizer, Colours(), answer_by="likelihood", progress=False)
+
+
 def test_the_parts_of_options_are_sums(model, tokenizer):
     """The common beginning of options is left out: a constant less than what `completion_nll` finds."""
     prompt, options = "Question: how", (" many apples", " many apple trees", " many")

@@ -1,5 +1,6 @@
 """Sampling: one stream of random numbers for each prompt, whatever the batch; files that survive a kill."""
 
+import copy
 import json
 
 import pytest
@@ -65,6 +66,17 @@ def test_an_impossible_token_is_never_sampled():
     scores = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, 5)
     uniforms = torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)
     assert sampling().choose(scores, uniforms).tolist() == [1, 3, 3]
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.9}])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_token_is_chosen_where_the_largest_logit_is_not_finite(bad, changes):
+    scores = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
+    scores[1, 7] = bad
+    scores[2] = float("-inf")
+    scores[3, 1:] = float("-inf")  # all suppressed but one
+    found = sampling(**changes).choose(scores, torch.tensor([0.3] * 4, dtype=torch.float64)).tolist()
+    assert found[0] >= 0 and found[1:] == [-1, -1, 0]
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])  # a nucleus of most tokens, of hundreds, of a few
@@ -183,6 +195,34 @@ def test_a_file_of_other_settings_is_refused(changes, named, model, tokenizer, p
     with pytest.raises(spd.InputError, match=f"another {named}"):
         sample(model, tokenizer, prompts[:3], out=out, **changes)
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])  # the first weights of gpt2's projection are those of Q
+@pytest.mark.parametrize("mode", ["hook", "latent", "fold"])
+def test_a_file_of_another_intervention_is_refused(family, mode, make_model, tokenizer, prompts, subspace_of, tmp_path):
+    model = make_model(family)
+    subspace, mode = subspace_of(model), "latent_v" if (family, mode) == ("gpt2", "latent") else mode
+    sample(model, tokenizer, prompts[:3], out=tmp_path / "bare.jsonl")
+    assert "intervention" not in json.loads((tmp_path / "bare.settings.json").read_text())
+    subspace.save_pretrained(tmp_path / "saved")
+    out = tmp_path / "g.jsonl"
+    with spd.attach(model, subspace, mode=mode):
+        expected = sample(model, tokenizer, prompts[:3], out=out)
+        if mode == "hook":
+            assert sample(copy.deepcopy(model), tokenizer, prompts[:3], out=out) == expected
+    settings = json.loads(out.with_suffix(".settings.json").read_text())
+    assert settings["intervention"] == {"subspace": subspace.sha256, "sides": "kv", "a": 0.0, "b": 1.0}
+    with spd.attach(model, spd.Subspace.from_pretrained(tmp_path / "saved"), mode=mode):
+        assert sample(model, tokenizer, prompts[:3], out=out) == expected
+    changes = [{"subspace": subspace.truncate(2)}] + ([] if mode.startswith("latent") else [{"sides": "k"}, {"a": 0.5}])
+    for change in changes:
+        with (
+            spd.attach(model, **({"subspace": subspace, "mode": mode} | change)),
+            pytest.raises(spd.InputError, match="another intervention"),
+        ):
+            sample(model, tokenizer, prompts[:3], out=out)
+    with pytest.raises(spd.InputError, match="another intervention"):
+        sample(model, tokenizer, prompts[:3], out=out)
 
 
 def test_a_file_that_is_not_ours_is_refused(model, tokenizer, prompts, tmp_path):

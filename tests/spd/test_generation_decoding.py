@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, MORE_FAMILIES
 from peft import LoraConfig, get_peft_model
 
@@ -138,6 +139,89 @@ def test_windows_share_nothing(make_model, tokenizer):
     model = make_model("gemma3", sliding_window=8)
     long = ["how many apples are there? " * 3 + "very " * count for count in range(1, 6)]
     assert decoded(model, tokenizer, long) == decoded(model, tokenizer, long, usual=False)
+
+
+def test_a_window_that_the_cache_does_not_know_of_shares_nothing(tokenizer):
+    """GPT-Neo's attention keeps its own."""
+    widths = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 512, "window_size": 8}
+    kinds = [[["global", "local"], 2]]
+    torch.manual_seed(0)
+    model = transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(vocab_size=len(tokenizer), attention_types=kinds, **widths)
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
+    long = ["how many apples are there? " * 3 + "very " * count for count in range(1, 6)]
+    model.generation_config.eos_token_id = 0
+    found = decoded(model, tokenizer, long)
+    assert found == decoded(model, tokenizer, long, usual=False)
+    assert found == [decoded(model, tokenizer, [each])[0] for each in long]
+
+
+def test_where_padding_is_taken_for_text_there_is_none(tokenizer, prompts):
+    """RecurrentGemma's recurrent layers run over it."""
+    widths = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    widths |= {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]}
+    torch.manual_seed(0)
+    model = transformers.RecurrentGemmaForCausalLM(
+        transformers.RecurrentGemmaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **widths)
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0) if parameter.ndim > 1 else parameter.data.add_(0.1)
+    model.get_input_embeddings().weight.data[0] = 1.0  # of padding
+    batches = []
+    generate = model.generate
+    model.generate = lambda **settings: batches.append(settings["attention_mask"]) or generate(**settings)
+    settings = {"max_new_tokens": 8, "progress": False, "seed": 1}
+    alone = spd.generate(model, tokenizer, prompts, batch_size=1, **settings)
+    batches.clear()
+    assert spd.generate(model, tokenizer, prompts, **settings) == alone
+    trial, made = batches[:2], batches[2:]
+    assert [len(mask) for mask in trial] == [1, 2], "one trial"
+    assert all(bool(mask.all()) for mask in made) and 1 < len(made) < len(prompts), "rows of one length together"
+    batches.clear()
+    assert spd.generate(model, tokenizer, prompts, **settings) == alone
+    assert len(batches) == len(made), "no further trial"
+
+
+@pytest.mark.parametrize("usual", [True, False])
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+def test_logits_that_are_not_finite_are_refused(sampling, usual, model, tokenizer, prompts):
+    def spoil(module, args, output):
+        output.logits[..., 5] = float("-inf")  # a suppressed token is none
+        output.logits[1:2] += value
+
+    value = 0.0
+    model.register_forward_hook(spoil)
+    decoded(model, tokenizer, prompts[:3], sampling, usual)
+    value = float("nan")
+    with pytest.raises(
+        spd.InputError, match=r"^model: expected finite logits, got .* for prompt 1; .*in torch.float32"
+    ):
+        decoded(model, tokenizer, prompts[:3], sampling, usual)
+
+
+@pytest.mark.parametrize("usual", [True, False])
+def test_weights_of_nan_are_refused(usual, model, tokenizer, prompts):
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(spd.InputError, match=r"^model: expected finite logits, got .* for prompt \d; "):
+        decoded(model, tokenizer, prompts[:3], WARM, usual)
+
+
+@pytest.mark.parametrize("usual", [True, False])
+def test_what_comes_behind_an_end_may_be_anything(usual, ending, tokenizer, prompts):
+    expected = decoded(ending, tokenizer, prompts, WARM, usual)
+    spoilt = []
+
+    def spoil(module, args, kwargs, output):
+        ended = torch.isin(kwargs["input_ids"][:, -1], torch.arange(0, 300, 12))
+        if kwargs["input_ids"].shape[1] == 1:
+            output.logits[ended] = float("nan")
+            spoilt.append(int(ended.sum()))
+
+    ending.register_forward_hook(spoil, with_kwargs=True)
+    assert decoded(ending, tokenizer, prompts, WARM, usual) == expected
+    assert any(spoilt)
 
 
 def test_a_model_of_another_kind_is_left_to_transformers(ending, tokenizer, prompts, monkeypatch):

@@ -175,6 +175,19 @@ def test_bad_pairs_are_refused(given, message, model, tokenizer):
         completion_nll(model, tokenizer, given, progress=False)
 
 
+def test_logits_that_are_not_finite_are_refused(model, tokenizer, pairs):
+    def spoil(module, args, output):
+        output.logits[..., 5] = float("-inf")  # a suppressed token is none
+        output.logits[1] = value
+
+    handle, value = model.register_forward_hook(spoil), 0.0
+    completion_nll(model, tokenizer, pairs[:1] * 3, progress=False)
+    value = float("nan")
+    with pytest.raises(spd.InputError, match=r"^model: expected finite logits, got .* for pairs\[1\]; .*float32"):
+        completion_nll(model, tokenizer, pairs[:1] * 3, progress=False)
+    handle.remove()
+
+
 def test_bad_settings_are_refused(model, tokenizer, pairs):
     with pytest.raises(spd.InputError, match="batch_size"):
         completion_nll(model, tokenizer, pairs, batch_size=0, progress=False)

@@ -492,3 +492,19 @@ def test_generate_asks_the_chooser_and_resumes(model, tokenizer, six, tmp_path):
         assert router.generate(model, tokenizer, six, **settings) == whole
         with pytest.raises(spd.InputError, match="another tag"):
             router.generate(model, tokenizer, six, routes="math", **settings)
+    others = spd.Router(router.subspaces | {"math": router.subspaces["code"]})
+    with spd.attach(model, others), pytest.raises(spd.InputError, match="another intervention, tag"):
+        others.generate(model, tokenizer, six, routes=ROUTES, **settings)
+
+
+def test_a_file_of_another_route_is_refused(model, tokenizer, six, tmp_path):
+    router = router_of(model)
+    settings = {"out": tmp_path / "completions.jsonl", "max_new_tokens": 6, "progress": False}
+    with spd.attach(model, router):
+        with router.use("math"):
+            whole = spd.generate(model, tokenizer, six, **settings)
+        with router.use("math"):
+            assert spd.generate(model, tokenizer, six, **settings) == whole
+        for route in ("code", None):
+            with router.use(route), pytest.raises(spd.InputError, match="another intervention"):
+                spd.generate(model, tokenizer, six, **settings)
