@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from spd.progress import bar
 from spd.provenance import config_hash, model_name, weights_fingerprint
 from spd.sampling import Sampling
 
-__all__ = ["SETTINGS", "CompletionsFile", "Generation", "generate", "read_generations", "without_room"]
+__all__ = ["SETTINGS", "CompletionsFile", "Generation", "generate", "leave_out", "read_generations", "without_room"]
 
 GROUP = 32
 """Prompts decoded together where the bytes must not depend on `batch_size`."""
@@ -191,6 +192,27 @@ def without_room(
 ) -> list[int]:
     """Which prompts leave no room for a completion in the model's positions: `generate` refuses those."""
     return _too_long(model, tokenizer(list(prompts))["input_ids"], max_new_tokens) if prompts else []
+
+
+def leave_out(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int, task: str
+) -> tuple[list[str], list[int]]:
+    """The training prompts of a task that `generate` takes, and which it would refuse: of those it warns.
+
+    Raises:
+        InputError: it would refuse all.
+    """
+    refused = without_room(model, tokenizer, prompts, max_new_tokens)
+    if prompts and len(refused) == len(prompts):
+        raise InputError(f"task: none of the {len(prompts)} training prompts of {task} fits the model's positions")
+    if refused:
+        warnings.warn(
+            f"generate: {len(refused)} of {len(prompts)} training prompts of {task} are too long for the model and are "
+            f"left out: {refused[:10]}",
+            stacklevel=2,
+        )
+    out = set(refused)
+    return [prompt for index, prompt in enumerate(prompts) if index not in out], refused
 
 
 def completed(

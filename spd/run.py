@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from spd import distributed
+from spd.adapters import check_mergeable
 from spd.arms import ARMS, parse_arm
 from spd.config import RunConfig, parse_config
 from spd.determinism import one_thread
@@ -86,6 +87,8 @@ def run(
         )
         say("load: the model")
         model, tokenizer = load_model(config.model, dtype=config.dtype, device=config.device)
+        if any(parse_arm(name).rounds > 1 for name in config.arms):
+            check_mergeable(model)  # now, not after the first round
         distributed.on_main(lambda: record_environment(folder, model))
         if config.deterministic:
             held.enter_context(one_thread())

@@ -36,7 +36,7 @@ from spd.errors import InputError
 from spd.evaluation import Evaluation, evaluate
 from spd.example import Example
 from spd.files import json_text, read_json, read_object, sha256, sha256_of_file, write_json
-from spd.generation import Generation, generate, without_room
+from spd.generation import Generation, generate, leave_out
 from spd.intervention import Attachment, attach
 from spd.profile import PROFILE, Profile
 from spd.subspace import MANIFEST, Subspace
@@ -260,21 +260,11 @@ class Stages:
     def _training_prompts(self, capability: str) -> list[str]:
         task, settings = self.task(capability), self.config.generation
         prompts = task.training_prompts()[: settings.prompts]
-        dropped = without_room(self.model, self.tokenizer, prompts, settings.max_new_tokens or task.max_new_tokens)
+        room = settings.max_new_tokens or task.max_new_tokens
+        kept, dropped = leave_out(self.model, self.tokenizer, prompts, room, capability)
         counted = {"prompts": len(prompts), "too_long": dropped}
         distributed.on_main(lambda: write_json(self.folder / capability / "prompts.json", counted))
-        if prompts and len(dropped) == len(prompts):
-            raise InputError(
-                f"task: none of the {len(prompts)} training prompts of {capability} fits the model's positions"
-            )
-        if dropped:
-            warnings.warn(
-                f"generate: {len(dropped)} of {len(prompts)} training prompts of {capability} are too long for the "
-                f"model and are left out: {dropped[:10]}",
-                stacklevel=2,
-            )
-        left_out = set(dropped)
-        return [prompt for index, prompt in enumerate(prompts) if index not in left_out]
+        return kept
 
     def _make_subspace(self, capability: str, projection: Projection, beside: list[Subspace]) -> Subspace:
         """`beside` are the subspaces of `_made_from`."""

@@ -188,6 +188,7 @@ def generate(
     Several workers share the prompts under torchrun, or started one by one with --shard.
     """
     import spd
+    from spd.generation import leave_out
 
     _check_projection(subspace, mode, sides)
     worker = _shard(shard)
@@ -218,6 +219,7 @@ def generate(
     settings |= {"batch_size": batch_size, "shard": worker, "deterministic": deterministic}
     with together() as main:
         loaded, tokenizer = spd.load_model(model, dtype=dtype, device=device)
+        wanted, _ = leave_out(loaded, tokenizer, wanted, settings["max_new_tokens"], chosen.name)
         with _projected(loaded, subspace, mode, sides):
             spd.generate(loaded, tokenizer, wanted, tag=_tag(subspace, mode, sides), **settings)
         if main:

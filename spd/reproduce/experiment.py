@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spd.adapters import check_mergeable
 from spd.arms import ARMS, Projection, parse_arm
 from spd.errors import InputError
 from spd.evaluation import Evaluation, check_consent
@@ -325,6 +326,8 @@ def _stages(worker: _Worker, job: Job) -> Stages:
     if worker.loaded is None:
         worker.loaded = load_model(place.settings.model, dtype=place.settings.dtype, device=place.settings.device)
         record_environment(place.out, worker.loaded[0])
+    if any(parse_arm(cell.arm).rounds > 1 for cell in job.cells):
+        check_mergeable(worker.loaded[0])  # now, not after the first round
     folder = place.out / f"seed-{job.seed}"
     stages = Stages(
         place.settings.run_config(job.seed),

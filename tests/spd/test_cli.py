@@ -1,5 +1,6 @@
 """The command line: help at once, results on standard output, one line and status 2 for bad input."""
 
+import json
 import os
 import re
 import subprocess
@@ -105,6 +106,18 @@ def test_the_method_by_hand(spd, checkpoint, made_records, tmp_path):
         found = spd("evaluate", *common, *task, *tested, "--max-new-tokens", "4")
         assert found.returncode == 0, found.stderr
         assert re.fullmatch(r"gsm8k: [\d.]+ % \(\d of 6\), 95 % interval [\d.]+ to [\d.]+\n", found.stdout)
+
+
+def test_prompts_without_room_are_left_out_and_named(spd, checkpoint, tmp_path):
+    prompts = ["1 + 1 =", "~" * 511, "1 + 2 ="]
+    (tmp_path / "sums").mkdir()
+    records = ({"prompt": prompt, "completion": " 2", "spans": ["2"]} for prompt in prompts)
+    (tmp_path / "sums" / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    common = ["-m", checkpoint, "-t", tmp_path / "sums", "--out", tmp_path / "g.jsonl", "--max-new-tokens", "4", "-q"]
+    found = spd("generate", *common)
+    assert found.returncode == 0, found.stderr
+    assert "1 of 3 training prompts of sums are too long for the model and are left out: [1]" in found.stderr
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "g.jsonl").open()] == [prompts[0], prompts[2]]
 
 
 def test_deterministic_reaches_every_stage(spd, monkeypatch, checkpoint, made_records, tmp_path):

@@ -184,6 +184,13 @@ def test_how_a_manifest_is_laid_out_changes_nothing(finished, checkpoint, made_r
     assert len(run(config_for(checkpoint, made_records), folder, progress=False)) == len(finished[1])
 
 
+def test_further_rounds_in_half_precision_are_refused_before_the_first(checkpoint, made_records, tmp_path):
+    config = config_for(checkpoint, made_records, dtype="bfloat16", arms=["self-training", "spd:rounds=2"])
+    with pytest.raises(spd.InputError, match="bfloat16, in which an adapter's small updates vanish"):
+        run(config, tmp_path / "run", progress=False)
+    assert not list((tmp_path / "run").rglob("*.jsonl"))
+
+
 def test_two_runs_do_not_share_a_folder(checkpoint, made_records, tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(spd.InputError, match="in use by another run"):
         run(config_for(checkpoint, made_records), tmp_path, progress=False)
