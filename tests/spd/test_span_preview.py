@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.style import Style
 
 import spd
 from spd.span_preview import BRACKETS, count_line, preview, preview_html, print_preview
@@ -23,6 +24,7 @@ def roles(preview):
 
 
 def printed(previews, coloured=False, width=200, **settings):
+    Style.parse.cache_clear()  # a style keeps the codes of the first terminal that it was rendered for
     console = Console(file=io.StringIO(), width=width, color_system="truecolor" if coloured else None)
     print_preview(previews, console=console, **settings)
     return console.file.getvalue()
