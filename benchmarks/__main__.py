@@ -22,7 +22,7 @@ def main(
     """Time the kernels' CPU paths and the pipeline's generation beside what a user would otherwise write.
 
     The machine's copy bandwidth and the rate of its matrix products are measured first; `of the bound` is the part of
-    what they allow that a time reaches. About five minutes, with --quick one. For a GPU: python -m benchmarks.gpu
+    what they allow that a time reaches. Some eight minutes, with --quick one. For a GPU: python -m benchmarks.gpu
     """
     from benchmarks import covariance, generation, kernels
     from benchmarks.operations import cpu_cases
