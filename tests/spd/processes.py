@@ -7,7 +7,6 @@ The processes are forked, so that the libraries are imported once; they meet in 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import carry_out, meet
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -212,26 +212,12 @@ JOBS: list[tuple[Callable[[], Found], tuple[int, ...]]] = [
 def run(size: int, number: int) -> None:
     """Every job of so many processes, in this one."""
     torch.set_num_threads(1)
-    if size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{FOLDER}/meeting-{size}", rank=number, world_size=size)
+    meet(FOLDER, size, number)
     for job, sizes in JOBS:
         if size in sizes:
             torch.save(job(), FOLDER / f"{job.__name__}-{size}-{number}.pt")
     distributed.leave()
 
 
-def main() -> int:
-    fork = multiprocessing.get_context("fork")
-    for size in (1, 2, 3):
-        processes = [fork.Process(target=run, args=(size, number), daemon=True) for number in range(size)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(180)
-        if any(process.exitcode != 0 for process in processes):
-            return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(carry_out(run, (1, 2, 3), seconds=180))

@@ -7,7 +7,6 @@ The processes are forked, so that the libraries are imported once; they meet in 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from forked import carry_out, meet
 
 import spd
 from spd import distributed
@@ -134,25 +133,12 @@ def run(size: int, number: int) -> None:
     if size > 1:
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
         os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}  # as torchrun says it to accelerate
-        dist.init_process_group("gloo", init_method=f"file://{FOLDER}/meeting-{size}", rank=number, world_size=size)
+    meet(FOLDER, size, number)
     for job, sizes in JOBS:
         if size in sizes:
             (FOLDER / f"{job.__name__}-{size}-{number}.json").write_text(json.dumps(job()))
     distributed.leave()
 
 
-def main() -> int:
-    fork = multiprocessing.get_context("fork")
-    for size in (3, 2, 1):
-        processes = [fork.Process(target=run, args=(size, number), daemon=True) for number in range(size)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(90)
-        if any(process.exitcode != 0 for process in processes):
-            return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(carry_out(run, (3, 2, 1), seconds=90))
