@@ -41,7 +41,7 @@ def config_hash(model: nn.Module) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of every parameter's name, type, shape and first 64 elements: cheap, and tells one training from another.
+    """Hash of every parameter's name, type, shape and some elements (`spread`): cheap, and tells trainings apart.
 
     The same wherever the parameters are: offloaded by accelerate, or dealt over processes, which all must call this.
     """
@@ -53,8 +53,17 @@ def weights_fingerprint(model: nn.Module) -> str:
             continue
         if hasattr(value, "full_tensor"):  # a DTensor
             value = value.full_tensor()
-        digest.update(value.flatten()[:64].double().cpu().numpy().tobytes())
+        digest.update(value.flatten()[spread(value.numel())].double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def spread(size: int) -> list[int]:
+    """Up to 127 of `size` positions, evenly apart.
+
+    As 127 is prime, they fall into all rows and columns of a matrix alike: into each part of a packed projection of
+    Q, K and V, whichever way it is packed.
+    """
+    return sorted({index * size // 127 for index in range(127)}) if size else []
 
 
 def _offloaded(model: nn.Module, name: str) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spd.errors import InputError
+from spd.provenance import spread
 from spd.tensor_file import Entry, read_header
 
 Change = Callable[[Tensor], Tensor]
@@ -30,12 +31,15 @@ class Shard:
     path: Path
     tensors: Mapping[str, Entry]
 
-    def head(self, count: int) -> Iterator[tuple[str, Entry, bytes]]:
-        """Every tensor's name, entry and first `count` bytes."""
+    def samples(self) -> Iterator[tuple[str, Entry, bytes]]:
+        """Every tensor's name, entry and some of its bytes, from all over it."""
         with open(self.path, "rb") as file:
             for name, entry in sorted(self.tensors.items()):
-                file.seek(entry.start)
-                yield name, entry, file.read(min(count, entry.end - entry.start))
+                found = b""
+                for position in spread(entry.end - entry.start):
+                    file.seek(entry.start + position)
+                    found += file.read(min(4, entry.end - entry.start - position))
+                yield name, entry, found
 
 
 def read_shard(path: Path) -> Shard:

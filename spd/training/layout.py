@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionLayer
+from transformers import DynamicCache, cache_utils
 
 from spd.training.texts import IGNORED, Text, collate
 
@@ -82,8 +81,9 @@ class Layout:
             layers = DynamicCache(config=self.model.config).layers
         except (KeyError, AttributeError, ValueError):  # layers that transformers has no cache for
             return False
+        keys_and_values = (cache_utils.DynamicLayer, getattr(cache_utils, "DummyLayer", cache_utils.DynamicLayer))
         attends = all(
-            isinstance(layer, (DynamicLayer, DummyLayer)) and not isinstance(layer, LinearAttentionLayer)
+            isinstance(layer, keys_and_values) and not isinstance(layer, cache_utils.LinearAttentionLayer)
             for layer in layers
         )
         return attends and not getattr(self.model, "_is_stateful", False)

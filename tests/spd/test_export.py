@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 import spd
 from spd.export import export_adapter, export_folded, export_merged
-from spd.export.checkpoint import RECORD
+from spd.export.checkpoint import RECORD, open_checkpoint
 from spd.export.shards import FLOATS, read_shard
+from spd.provenance import weights_fingerprint
 from spd.subspace import Basis
 
 CASES = {
@@ -113,6 +114,17 @@ def test_a_folded_folder_is_the_projected_model(case, calibrated, tokenizer, tmp
     index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(before) - same == {index[name] for name in changed}
     assert {path.name: sha256(path) for path in base.iterdir()} == before
+
+
+@pytest.mark.parametrize("sides", ["k", "v"])
+@pytest.mark.parametrize("case", FUSED)
+def test_a_changed_part_of_a_fused_layer_is_another_fingerprint(case, sides, calibrated, tmp_path):
+    """What tells one model's completions from another's sees K and V as well as the Q that such a layer begins with."""
+    model, base, subspace = calibrated(case)
+    out = export_folded(base, subspace, tmp_path / "folded", sides=sides)
+    assert weights_fingerprint(load(base)) == weights_fingerprint(model)
+    assert weights_fingerprint(load(out)) != weights_fingerprint(model)
+    assert open_checkpoint(out).fingerprint() != open_checkpoint(base).fingerprint()
 
 
 def test_the_record_says_what_it_came_from(calibrated, tmp_path):

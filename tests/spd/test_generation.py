@@ -197,7 +197,7 @@ def test_a_file_of_other_settings_is_refused(changes, named, model, tokenizer, p
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])  # the first weights of gpt2's projection are those of Q
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])  # gpt2 holds Q, K and V in one matrix
 @pytest.mark.parametrize("mode", ["hook", "latent", "fold"])
 def test_a_file_of_another_intervention_is_refused(family, mode, make_model, tokenizer, prompts, subspace_of, tmp_path):
     model = make_model(family)
