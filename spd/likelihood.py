@@ -267,8 +267,10 @@ def takes_cache(model: nn.Module, layers: Collection[type] = (DynamicLayer,)) ->
     """Whether the model goes on from a cache of the usual kind, of such layers: by default each sees all tokens."""
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     accepted = inspect.signature(inner.forward).parameters
-    return {"attention_mask", "position_ids", "past_key_values", "use_cache"} <= accepted.keys() and all(
-        type(layer) in layers for layer in DynamicCache(config=inner.config).layers
+    return (
+        {"attention_mask", "position_ids", "past_key_values", "use_cache"} <= accepted.keys()
+        and not getattr(inner, "_is_stateful", False)  # in some releases RecurrentGemma keeps states beside its cache
+        and all(type(layer) in layers for layer in DynamicCache(config=inner.config).layers)
     )
 
 

@@ -560,7 +560,7 @@ def test_records_from_the_hub(name, made, monkeypatch):
         file = {"bbh": configuration, "mmlu": "dev" if split == "auxiliary_train" else split}.get(name, split)
         return read(made / folder / f"{file}.jsonl")
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", load_dataset)
     task, local = spd.load_task(name), spd.load_task(name, made)
     assert task.test() == local.test()
     assert len(task.training_prompts()) == (18 if name == "mmlu" else len(local.training_prompts()))
@@ -571,7 +571,7 @@ def test_the_hub_out_of_reach(monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("no route to host\nwith details")
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", load_dataset)
     with pytest.raises(spd.InputError, match=r"openai/gsm8k could not be loaded from the hub \(no route to host\)$"):
         spd.load_task("gsm8k").test()
 
