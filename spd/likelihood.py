@@ -269,9 +269,15 @@ def takes_cache(model: nn.Module, layers: Collection[type] = (DynamicLayer,)) ->
     accepted = inspect.signature(inner.forward).parameters
     return (
         {"attention_mask", "position_ids", "past_key_values", "use_cache"} <= accepted.keys()
-        and not getattr(inner, "_is_stateful", False)  # in some releases RecurrentGemma keeps states beside its cache
+        and not _stateful(inner)
         and all(type(layer) in layers for layer in DynamicCache(config=inner.config).layers)
     )
+
+
+def _stateful(model: Any) -> bool:
+    """Whether states are kept beside the cache, as RecurrentGemma's are in earlier releases of transformers."""
+    kinds = getattr(model.config, "layers_block_type", None) or ()
+    return getattr(model, "_is_stateful", False) or "recurrent" in kinds
 
 
 def _front(model: Any, tokens: list[int], rows: int) -> dict[str, Any]:

@@ -54,9 +54,11 @@ def parser() -> argparse.ArgumentParser:
         help="which stages, separated by commas (default: all: %(default)s)",
     )
     found.add_argument("--only", default="", metavar="TEXT", help="tune and time only cases whose name contains TEXT")
-    total = sum(BUDGETS.values())
     found.add_argument(
-        "--seconds", type=float, default=total, metavar="S", help="time for all five stages together (%(default)g)"
+        "--seconds",
+        type=float,
+        metavar="S",
+        help=f"time for the chosen stages together (default: {sum(BUDGETS.values()):g} for all five)",
     )
     found.add_argument(
         "--rehearse",
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     stages = [name.strip() for name in options.stages.split(",") if name.strip()]
     if unknown := [name for name in stages if name not in BUDGETS]:
         parser().error(f"--stages: expected some of {', '.join(BUDGETS)}; got {', '.join(unknown)}")
-    if options.seconds <= 0:
+    if options.seconds is not None and options.seconds <= 0:
         parser().error(f"--seconds: expected a positive number; got {options.seconds:g}")
 
     if stages == ["plot"]:
@@ -111,8 +113,9 @@ def _run(options: argparse.Namespace, stages: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results.begin(options.out, rehearsal=options.rehearse)
     broken = []
+    together = sum(BUDGETS[stage] for stage in stages)
     for stage in stages:
-        seconds = BUDGETS[stage] * options.seconds / sum(BUDGETS.values())
+        seconds = BUDGETS[stage] * (options.seconds or together) / together
         print(f"[{time.monotonic() - started:5.0f} s] {stage}, at most {seconds:.0f} s", flush=True)
         begun = time.monotonic()
         try:

@@ -212,7 +212,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"not done after {seconds:.0f} s")
 
     before: Callable[..., object] | int | None = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)  # again, where what was raised has been swallowed
     try:
         yield
     finally:

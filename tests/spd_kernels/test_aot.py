@@ -35,18 +35,22 @@ def check(binaries: list[dict[str, object]], expected: list[Case]) -> None:
         assert b["dtype"] == "fp32" or b["matrix_instructions"] or not b["matrix"]
 
 
-NEWER = pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="Triton 3.6 spills up to 28 bytes there")
-MINDED = [pytest.param(each, marks=NEWER) if each in ("sm_100", "gfx942") else each for each in ARCHITECTURES]
+pinned = pytest.mark.skipif(
+    not triton.__version__.startswith("3.7."),
+    reason="chosen with Triton 3.7; csrc_notes/README.md says what others spill",
+)
 
 
-@pytest.mark.parametrize("architecture", MINDED)
+@pinned
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_shipped_configurations(architecture: Architecture) -> None:
     binaries = compile_in_a_fresh_process("--architectures", architecture, "--dtypes", "bf16", "fp32")
     check(binaries, list(cases(architecture, ("bf16", "fp32"))))
 
 
+@pinned
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", MINDED)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_variant(architecture: Architecture) -> None:
     binaries = compile_in_a_fresh_process("--architectures", architecture, "--all")
     check(binaries, list(cases(architecture, every=True)))

@@ -384,13 +384,13 @@ def test_compile(implementation: Any, device: str) -> None:
     torch.compiler.reset()
     arguments = Problem().tensors(device)
 
-    def function(arguments: dict[str, Any]) -> torch.Tensor:
-        return latent_attention(**arguments | {"q": 2 * arguments["q"]}, implementation=implementation) + 1
+    def function(q: torch.Tensor, **others: Any) -> torch.Tensor:
+        return latent_attention(2 * q, **others, implementation=implementation) + 1
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(arguments), function(arguments))
+    torch.testing.assert_close(compiled(**arguments), function(**arguments))
     arguments |= {"lengths": torch.tensor([40, 3], device=device)}
-    torch.testing.assert_close(compiled(arguments), function(arguments))
+    torch.testing.assert_close(compiled(**arguments), function(**arguments))
 
 
 def change(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

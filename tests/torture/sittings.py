@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -83,7 +84,8 @@ def prepare() -> None:
 
     _quieten_libraries()  # they look at their environment once
     for name in _IMPORTED:
-        import_module(name)
+        with suppress(ModuleNotFoundError):  # of another release: imported early to save time alone
+            import_module(name)
     import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("qwen3")  # made once, then kept
     trainer, plots = import_module("spd.training.trainer"), import_module("spd.plots")
     assert trainer.CHECKPOINT_STEPS > CHECKPOINT_STEPS
