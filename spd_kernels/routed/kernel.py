@@ -540,8 +540,7 @@ def _routed_rows_tile(
     routed = (subspace >= 0) & (subspace < n_subspaces)
     unrouted = mask_n & (routed == 0)
     if tl.max(unrouted.to(tl.int32), axis=0) > 0:
-        # a block is compared: Triton 3.9's interpreter makes integers of one truth value that it spreads
-        alone = mask_n & (subspace + tl.zeros_like(rows) == -1)
+        alone = mask_n & (subspace == -1)
         _leave_rows(x_rows, y_rows, unrouted, alone, first, last, stride_xd, stride_yd, WIDE, BLOCK_K)
     # From the least subspace to the next one that is there. Their rows are disjoint, so nothing is summed.
     present = tl.where(routed, subspace, n_subspaces).to(tl.int32)
